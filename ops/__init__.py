@@ -1,0 +1,1 @@
+"""The operators of Qwen3-Next as torch.library ops."""

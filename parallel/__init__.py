@@ -1,0 +1,1 @@
+"""Placement of parameters and activations on a DeviceMesh."""

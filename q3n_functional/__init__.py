@@ -1,0 +1,1 @@
+"""Qwen3-Next as pure functions over parameter pytrees."""
