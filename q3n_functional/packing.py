@@ -1,0 +1,85 @@
+"""Documents in a batch: where they lie, each token's position, and which tokens predict which.
+
+A batch is tokens [B, T]. Without `Documents` each row is one document. With them, `cu_seqlens` cuts the B*T tokens,
+rows laid end to end, into documents; a document never crosses the end of a row. `cu_seqlens` may repeat an entry (an
+empty document), so a fixed length serves any number of documents, and may stop short of B*T: what follows is padding.
+Everything here is tensor arithmetic of static shapes, so it traces under torch.compile and never waits for a device.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""The label that no loss counts, as in torch.nn.functional.cross_entropy and transformers."""
+
+
+class Documents(NamedTuple):
+    """Where the documents of a [B, T] batch lie.
+
+    cu_seqlens: int32 [N+1], offsets into the flattened batch. positions_BT: int32, from 0 in every document.
+    segment_ids_BT: int32, the document's index. valid_BT: bool, false on padding.
+    """
+
+    cu_seqlens: Tensor
+    positions_BT: Tensor
+    segment_ids_BT: Tensor
+    valid_BT: Tensor
+
+    @property
+    def lengths_BT(self) -> Tensor:
+        """int32 [B, T]: the length of each token's own document."""
+        ends = torch.cat([self.cu_seqlens[1:], self.cu_seqlens[-1:]])
+        starts = self.cu_seqlens
+        return (ends - starts)[self.segment_ids_BT]
+
+
+def documents(cu_seqlens: Tensor, batch: int, length: int) -> Documents:
+    """`Documents` of a [batch, length] batch from `cu_seqlens` [N+1] (int32 on the tokens' device)."""
+    if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32:
+        raise ValueError(
+            f"cu_seqlens must be a 1-D int32 tensor of document offsets, got {cu_seqlens.dtype} "
+            f"with {cu_seqlens.ndim} dimensions"
+        )
+    index = torch.arange(batch * length, dtype=torch.int32, device=cu_seqlens.device)
+    segments = torch.searchsorted(cu_seqlens[1:].contiguous(), index, right=True, out_int32=True)
+    positions, valid = index - cu_seqlens[segments], index < cu_seqlens[-1]
+    return Documents(cu_seqlens, *(x.view(batch, length) for x in (positions, segments, valid)))
+
+
+def documents_from_mask(mask_BT: Tensor) -> Documents:
+    """`Documents` of a padded batch: row b's document runs from its first to its last true mask entry.
+
+    Padding on either side becomes a document of its own, which nothing else sees and no loss counts. A false entry
+    between true ones is a token of the document that carries no loss. A row without any true entry is all padding.
+    """
+    batch, length = mask_BT.shape
+    kept = mask_BT.to(torch.int32)
+    any_row = kept.amax(1)
+    first = kept.argmax(1) * any_row
+    end = (length - kept.flip(1).argmax(1)) * any_row
+    rows = torch.arange(batch, device=mask_BT.device) * length
+    bounds = torch.stack([rows, rows + first, rows + end], 1).flatten()
+    cu_seqlens = torch.cat([bounds, rows[-1:] + length]).to(torch.int32)
+    return documents(cu_seqlens, batch, length)._replace(valid_BT=mask_BT.to(torch.bool))
+
+
+def shift(values_BT: Tensor, documents: Documents | None, by: int, fill: int) -> Tensor:
+    """`values[b, t + by]` where that is a valid token of the same document as `t`, else `fill`."""
+    moved = torch.cat([values_BT[:, by:], values_BT.new_full((values_BT.shape[0], by), fill)], 1)[
+        :, : values_BT.shape[1]
+    ]
+    if documents is None:
+        return moved
+    return torch.where(same_document(documents, by), moved, fill)
+
+
+def same_document(documents: Documents, by: int) -> Tensor:
+    """bool [B, T]: whether `t + by` is a valid token of the document that the valid token `t` belongs to."""
+    segments, valid = documents.segment_ids_BT, documents.valid_BT
+    later = torch.cat([segments[:, by:], segments.new_full((segments.shape[0], by), -1)], 1)[:, : segments.shape[1]]
+    later_valid = torch.cat([valid[:, by:], valid.new_zeros((valid.shape[0], by))], 1)[:, : valid.shape[1]]
+    return (later == segments) & valid & later_valid
