@@ -29,12 +29,11 @@ class Documents(NamedTuple):
     segment_ids_BT: Tensor
     valid_BT: Tensor
 
-    @property
-    def lengths_BT(self) -> Tensor:
-        """int32 [B, T]: the length of each token's own document."""
-        ends = torch.cat([self.cu_seqlens[1:], self.cu_seqlens[-1:]])
-        starts = self.cu_seqlens
-        return (ends - starts)[self.segment_ids_BT]
+
+def lengths(documents: Documents) -> Tensor:
+    """int32 [B, T]: the length of each token's own document, 0 on padding after the last one."""
+    ends = torch.cat([documents.cu_seqlens[1:], documents.cu_seqlens[-1:]])
+    return (ends - documents.cu_seqlens)[documents.segment_ids_BT]
 
 
 def documents(cu_seqlens: Tensor, batch: int, length: int) -> Documents:

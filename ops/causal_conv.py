@@ -1,0 +1,188 @@
+"""The short causal depthwise convolution in front of the delta rule.
+
+Letters: B batch, T time, C channels, W taps, N sequences (rows, or documents when packed).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from q3n_functional.ops.registration import Impl, Outputs, define, differentiable, gradient, wide
+
+
+def causal_conv(
+    x_BTC: Tensor,
+    weight_CW: Tensor,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`y[t] = silu(sum_j weight[:, j] * x[t - (W-1) + j])`, each sequence preceded by its initial state.
+
+    x_BTC: [B, T, C]. weight_CW: [C, W], the last tap on the current token. initial_state: [N, C, W-1], the inputs
+    before each sequence's first, oldest first; zeros where None. cu_seqlens: int32 [N+1], see
+    `q3n_functional.packing`; None makes each row a sequence (N = B). Sums are fp32 (fp64 for fp64 inputs).
+
+    Returns y [B, T, C] and the final state [N, C, W-1], the last W-1 inputs of each sequence with its initial state in
+    front, both in x's dtype. Tokens after cu_seqlens[-1] give zeros. Saved for backward: the inputs.
+
+    Raises ValueError for shapes or dtypes that do not fit.
+    """
+    _check(x_BTC, weight_CW, initial_state, cu_seqlens)
+    y, state = _causal_conv(x_BTC, weight_CW, initial_state, cu_seqlens, impl)
+    return y, state
+
+
+def _check(x: Tensor, weight: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    if x.ndim != 3 or weight.ndim != 2 or weight.shape[0] != x.shape[2]:
+        raise ValueError(f"x must be [B, T, C] and weight [C, W], got {tuple(x.shape)} and {tuple(weight.shape)}")
+    num = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if initial_state is not None:
+        wanted = (num, x.shape[2], weight.shape[1] - 1)
+        if tuple(initial_state.shape) != wanted or initial_state.dtype != x.dtype:
+            raise ValueError(
+                f"initial_state must be {wanted} {x.dtype}, got {tuple(initial_state.shape)} {initial_state.dtype}"
+            )
+
+
+def _layout(x_BTC: Tensor, width: int, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Where things lie once every sequence has its W-1 initial inputs in front of it.
+
+    Returns the row of each of the B*T tokens, the row behind each sequence's last token [N], and which tokens belong
+    to a sequence.
+    """
+    batch, length, _ = x_BTC.shape
+    if cu_seqlens is None:
+        cu_seqlens = torch.arange(0, (batch + 1) * length, max(length, 1), device=x_BTC.device)[: batch + 1]
+    tokens = torch.arange(batch * length, device=x_BTC.device)
+    ends = cu_seqlens[1:].long()
+    sequence = torch.searchsorted(ends, tokens, right=True).clamp(max=ends.shape[0] - 1)
+    numbers = torch.arange(1, ends.shape[0] + 1, device=x_BTC.device)
+    return tokens + (sequence + 1) * (width - 1), ends + numbers * (width - 1), tokens < ends[-1]
+
+
+def _extend(
+    x_BTC: Tensor, initial_state: Tensor | None, width: int, rows: Tensor, ends: Tensor, inside: Tensor
+) -> Tensor:
+    """The inputs in that layout: [B*T + N*(W-1), C] in the arithmetic's dtype."""
+    x = x_BTC.flatten(0, 1).to(wide(x_BTC.dtype)).masked_fill(~inside[:, None], 0)
+    extended = x.new_zeros(x.shape[0] + ends.shape[0] * (width - 1), x.shape[1])
+    extended[rows] = x
+    if initial_state is not None:
+        extended[_initial_rows(ends, width)] = initial_state.mT.to(x.dtype)
+    return extended
+
+
+def _initial_rows(ends: Tensor, width: int) -> Tensor:
+    """Rows [N, W-1] of the initial inputs: behind the sequence before."""
+    starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+    return starts[:, None] + torch.arange(width - 1, device=ends.device)
+
+
+def _convolve(extended: Tensor, weight_CW: Tensor, rows: Tensor) -> Tensor:
+    width, weight = weight_CW.shape[1], weight_CW.to(extended.dtype)
+    total = extended[rows] * weight[:, -1]
+    for back in range(1, width):
+        total = torch.addcmul(total, extended[rows - back], weight[:, width - 1 - back])
+    return total
+
+
+def _forward(x_BTC: Tensor, weight_CW: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> Outputs:
+    width = weight_CW.shape[1]
+    rows, ends, inside = _layout(x_BTC, width, cu_seqlens)
+    extended = _extend(x_BTC, initial_state, width, rows, ends, inside)
+    # A token outside every sequence still sees the last one's inputs through its taps.
+    y = torch.nn.functional.silu(_convolve(extended, weight_CW, rows)).masked_fill(~inside[:, None], 0)
+    state = extended[ends[:, None] - torch.arange(width - 1, 0, -1, device=ends.device)].mT
+    return y.to(x_BTC.dtype).view(x_BTC.shape), state.to(x_BTC.dtype).contiguous()
+
+
+def _backward(
+    dy_BTC: Tensor | None,
+    dstate: Tensor | None,
+    x_BTC: Tensor,
+    weight_CW: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Outputs:
+    width = weight_CW.shape[1]
+    rows, ends, inside = _layout(x_BTC, width, cu_seqlens)
+    extended = _extend(x_BTC, initial_state, width, rows, ends, inside)
+    dextended, dweight = torch.zeros_like(extended), torch.zeros_like(weight_CW, dtype=extended.dtype)
+    if dy_BTC is not None:
+        dtotal = _silu_backward(dy_BTC, _convolve(extended, weight_CW, rows), inside)
+        for back in range(width):
+            tap = width - 1 - back
+            dextended[rows - back] += dtotal * weight_CW[:, tap].to(dtotal.dtype)
+            dweight[:, tap] = (dtotal * extended[rows - back]).sum(0)
+    if dstate is not None:
+        dextended[ends[:, None] - torch.arange(width - 1, 0, -1, device=ends.device)] += dstate.mT.to(dextended.dtype)
+    dx = dextended[rows].masked_fill(~inside[:, None], 0).to(x_BTC.dtype).view(x_BTC.shape)
+    if initial_state is None:
+        return dx, dweight.to(weight_CW.dtype), x_BTC.new_empty(0)
+    dinitial = dextended[_initial_rows(ends, width)].mT.to(initial_state.dtype).contiguous()
+    return dx, dweight.to(weight_CW.dtype), dinitial
+
+
+def _silu_backward(dy_BTC: Tensor, total: Tensor, inside: Tensor) -> Tensor:
+    sigmoid = torch.sigmoid(total)
+    dtotal = dy_BTC.flatten(0, 1).to(total.dtype) * sigmoid * (1 + total * (1 - sigmoid))
+    return dtotal.masked_fill(~inside[:, None], 0)
+
+
+def _fake_forward(x: Tensor, weight: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> Outputs:
+    num = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return x.new_empty(x.shape), x.new_empty(num, x.shape[2], weight.shape[1] - 1)
+
+
+def _fake_backward(
+    dy: Tensor | None,
+    dstate: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Outputs:
+    dinitial = x.new_empty(0) if initial_state is None else initial_state.new_empty(initial_state.shape)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), dinitial
+
+
+_causal_conv_backward = gradient(
+    define(
+        "causal_conv_backward",
+        "(Tensor? dy, Tensor? dfinal_state, Tensor x, Tensor weight, Tensor? initial_state, Tensor? cu_seqlens, "
+        "str impl) -> (Tensor, Tensor, Tensor)",
+        reference=_backward,
+        fake=_fake_backward,
+        kernel=None,
+    )
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.impl = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_of_op(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None and dstate is None:
+        return (None,) * 5
+    dx, dweight, dinitial = _causal_conv_backward(dy, dstate, *ctx.saved_tensors, ctx.impl)
+    return dx, dweight, None if ctx.saved_tensors[2] is None else dinitial, None, None
+
+
+_causal_conv = differentiable(
+    define(
+        "causal_conv",
+        "(Tensor x, Tensor weight, Tensor? initial_state, Tensor? cu_seqlens, str impl) -> (Tensor, Tensor)",
+        reference=_forward,
+        fake=_fake_forward,
+        kernel=None,
+    ),
+    _setup_context,
+    _backward_of_op,
+    rows=("x", "initial_state"),
+)

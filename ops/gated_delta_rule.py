@@ -1,0 +1,228 @@
+"""The gated delta rule: a linear-attention state that decays, and is corrected towards each new value.
+
+For every value head, with the state S [K, V] in fp32,
+
+    S = exp(g_t) S;   u = beta_t (v_t - S^T k_t);   S = S + k_t u^T;   o_t = scale S^T q_t
+
+(Yang, Kautz, Hatamizadeh 2024, Gated Delta Networks; the decay comes before the error is taken.) Two ops compute it:
+`gated_delta_rule` in chunks, for training and prefill, and `recurrent_gated_delta_rule` token by token, for decoding.
+The arithmetic of the PyTorch reference is in `q3n_functional.ops.reference_gated_delta_rule`.
+
+Letters: B batch, T time, H value heads, N key heads, K key dim, V value dim, C chunk; S sequences (the rows, or the
+documents of `cu_seqlens`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from q3n_functional.ops import reference_gated_delta_rule as reference
+from q3n_functional.ops.registration import Impl, Outputs, define, differentiable, gradient, wide
+
+
+def gated_delta_rule(
+    q_BTNK: Tensor,
+    k_BTNK: Tensor,
+    v_BTHV: Tensor,
+    g_BTH: Tensor,
+    beta_BTH: Tensor,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    qk_l2norm: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    beta_scale: float = 0.0,
+    chunk_size: int = 64,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The rule over whole sequences, in chunks of `chunk_size` tokens.
+
+    q, k: [B, T, N, K]; v: [B, T, H, V] of the same dtype; value head h reads key head h // (H // N).
+    g: [B, T, H], the log-decay, at most 0; or, with `A_log` and `dt_bias` [H], the projection `a` from which it is
+    made here: g = -exp(A_log) softplus(a + dt_bias).
+    beta: [B, T, H] in [0, 2]; or, with `beta_scale` 1 or 2, its logits: beta = beta_scale sigmoid(logits).
+    initial_state: [S, H, K, V] fp32 (fp64 with fp64 inputs), zeros where None.
+    cu_seqlens: int32 [S+1], see `q3n_functional.packing`; None makes each row a sequence (S = B).
+    scale: of the queries, K ** -0.5 where None. qk_l2norm: x / sqrt(sum(x^2) + 1e-6) on q and k first.
+
+    Returns o [B, T, H, V] in v's dtype and the final state [S, H, K, V]; both carry gradients, to the initial state
+    too. Tokens after cu_seqlens[-1] give zeros, in gradients as well. Saved for backward: the inputs, the decays
+    summed within chunks (4 bytes a token and head) and a [C] row of the inverse (C elements a token and head).
+
+    Raises ValueError for shapes or dtypes that do not fit. Second derivatives and forward mode are not implemented.
+    """
+    _check(q_BTNK, k_BTNK, v_BTHV, g_BTH, beta_BTH, initial_state, cu_seqlens, A_log, dt_bias)
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be positive, got {chunk_size}; 64 suits most sizes")
+    scale = q_BTNK.shape[-1] ** -0.5 if scale is None else scale
+    tensors = (q_BTNK, k_BTNK, v_BTHV, g_BTH, beta_BTH, A_log, dt_bias, initial_state, cu_seqlens)
+    o, state, _, _ = _chunked(*tensors, scale, qk_l2norm, beta_scale, chunk_size, impl)
+    return o, state
+
+
+def recurrent_gated_delta_rule(
+    q_BTNK: Tensor,
+    k_BTNK: Tensor,
+    v_BTHV: Tensor,
+    g_BTH: Tensor,
+    beta_BTH: Tensor,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    qk_l2norm: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    beta_scale: float = 0.0,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`gated_delta_rule` one token after the other: for one or a few tokens a sequence, as in decoding.
+
+    Arguments, results and errors are those of `gated_delta_rule`. Its gradient is computed in chunks of 64.
+    """
+    _check(q_BTNK, k_BTNK, v_BTHV, g_BTH, beta_BTH, initial_state, cu_seqlens, A_log, dt_bias)
+    scale = q_BTNK.shape[-1] ** -0.5 if scale is None else scale
+    tensors = (q_BTNK, k_BTNK, v_BTHV, g_BTH, beta_BTH, A_log, dt_bias, initial_state, cu_seqlens)
+    o, state = _recurrent(*tensors, scale, qk_l2norm, beta_scale, impl)
+    return o, state
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+) -> None:
+    if q.ndim != 4 or q.shape != k.shape or v.ndim != 4 or v.shape[:2] != q.shape[:2]:
+        raise ValueError(
+            f"q and k must be [B, T, N, K] and v [B, T, H, V], got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if v.shape[2] % q.shape[2]:
+        raise ValueError(f"{v.shape[2]} value heads are not a multiple of {q.shape[2]} key heads")
+    if g.shape != v.shape[:3] or beta.shape != v.shape[:3]:
+        raise ValueError(f"g and beta must be {tuple(v.shape[:3])}, got {tuple(g.shape)} and {tuple(beta.shape)}")
+    _check_state(q, v, initial_state, cu_seqlens)
+    for name, leaf in (("A_log", A_log), ("dt_bias", dt_bias)):
+        if (leaf is None) != (A_log is None) or (leaf is not None and leaf.shape != v.shape[2:3]):
+            raise ValueError(
+                f"A_log and dt_bias must both be given, as ({v.shape[2]},), or neither; "
+                f"{name} is {None if leaf is None else tuple(leaf.shape)}"
+            )
+
+
+def _check_state(q: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    if cu_seqlens is not None and (cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32):
+        raise ValueError(f"cu_seqlens must be a 1-D int32 tensor, got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+    if initial_state is None:
+        return
+    num = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    wanted, dtype = (num, v.shape[2], q.shape[3], v.shape[3]), wide(v.dtype)
+    if tuple(initial_state.shape) != wanted or initial_state.dtype != dtype:
+        raise ValueError(
+            f"initial_state must be {wanted} {dtype}, got {tuple(initial_state.shape)} {initial_state.dtype}"
+        )
+
+
+_TENSORS = (
+    "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, Tensor? initial_state, "
+    "Tensor? cu_seqlens"
+)
+_SCALARS = "float scale, bool qk_l2norm, float beta_scale"
+
+
+def _fake_recurrent(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    cu_seqlens = rest[5]
+    num = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    state = v.new_empty(num, v.shape[2], q.shape[3], v.shape[3], dtype=wide(v.dtype))
+    return v.new_empty(v.shape), state
+
+
+def _fake_chunked(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Outputs:
+    chunk_size, dtype = rest[-1], wide(v.dtype)
+    inverse = v.new_empty(*v.shape[:3], chunk_size, dtype=v.dtype if v.device.type == "cuda" else dtype)
+    return (*_fake_recurrent(q, k, v, *rest), v.new_empty(v.shape[:3], dtype=dtype), inverse)
+
+
+def _fake_backward(do: Tensor | None, dstate: Tensor | None, *rest: Any) -> Outputs:
+    inputs, q = rest[:8], rest[0]
+    return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in inputs)
+
+
+_chunked_op = define(
+    "gated_delta_rule",
+    f"({_TENSORS}, {_SCALARS}, int chunk_size, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.forward,
+    fake=_fake_chunked,
+    kernel=None,
+)
+_backward = gradient(
+    define(
+        "gated_delta_rule_backward",
+        f"(Tensor? do, Tensor? dfinal_state, {_TENSORS}, Tensor g_cumsum, Tensor inverse, {_SCALARS}, int chunk_size, "
+        "str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        reference=reference.backward,
+        fake=_fake_backward,
+        kernel=None,
+    )
+)
+
+
+def _input_gradients(inputs: tuple[Tensor | None, ...], gradients: Outputs) -> tuple[Tensor | None, ...]:
+    return tuple(None if x is None else dx for x, dx in zip(inputs[:8], gradients, strict=True))
+
+
+def _chunked_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:9], *output[2:])
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.scalars = inputs[9:]
+
+
+def _chunked_backward(ctx: Any, do: Tensor | None, dstate: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
+    if do is None and dstate is None:
+        return (None,) * 14
+    gradients = _backward(do, dstate, *ctx.saved_tensors, *ctx.scalars)
+    return (*_input_gradients(ctx.saved_tensors, gradients), None, *(None for _ in ctx.scalars))
+
+
+_ROWS = ("q", "k", "v", "g", "beta", "initial_state")
+_chunked = differentiable(_chunked_op, _chunked_context, _chunked_backward, rows=_ROWS)
+
+
+def _recurrent_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:9])
+    *ctx.scalars, ctx.impl = inputs[9:]
+
+
+def _recurrent_backward(ctx: Any, do: Tensor | None, dstate: Tensor | None) -> tuple[Tensor | None, ...]:
+    if do is None and dstate is None:
+        return (None,) * 13
+    chunked = (*ctx.scalars, 64, ctx.impl)
+    _, _, g_cumsum, inverse = _chunked(*ctx.saved_tensors, *chunked)
+    gradients = _backward(do, dstate, *ctx.saved_tensors, g_cumsum, inverse, *chunked)
+    return (*_input_gradients(ctx.saved_tensors, gradients), None, None, None, None, None)
+
+
+_recurrent = differentiable(
+    define(
+        "recurrent_gated_delta_rule",
+        f"({_TENSORS}, {_SCALARS}, str impl) -> (Tensor, Tensor)",
+        reference=reference.recurrent,
+        fake=_fake_recurrent,
+        kernel=None,
+    ),
+    _recurrent_context,
+    _recurrent_backward,
+    rows=_ROWS,
+)

@@ -1,0 +1,398 @@
+"""The gated delta rule in PyTorch: the CPU implementation, and what the Triton kernels are tested against.
+
+Chunks are handled all at once but for the state, which passes from each to the next; memory grows with T, never with
+T * K * V. With Gamma_ij = exp(G_i - G_j) for the decays G summed within a chunk and gamma = exp(G),
+
+    A = (I + tril(beta Gamma K K^T, -1))^-1      W = V - gamma (K S)      U = A (beta W)
+    O = scale gamma (Q S) + P U,  P = scale Gamma tril(Q K^T)             S' = gamma_C S + K^T (gamma_C / gamma U)
+
+(Yang et al. 2024 with the state kept on the right of K, so that neither A V nor A K is stored.)
+
+Letters as in `gated_delta_rule`; R rows that are scanned side by side, M chunks in each, C tokens in a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from q3n_functional.ops.registration import Outputs, wide
+
+# The options that the op folds in: normalisation, decay and sigmoid.
+
+
+class Inputs(NamedTuple):
+    """What the rule itself works on, wide: normalised q and k, log-decays, betas."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    beta: Tensor
+
+
+def _activate(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    qk_l2norm: bool,
+    beta_scale: float,
+) -> Inputs:
+    q, k = (_l2norm(x) if qk_l2norm else x for x in (q, k))
+    if A_log is not None and dt_bias is not None:
+        g = -A_log.to(g.dtype).exp() * softplus(g + dt_bias.to(g.dtype))
+    if beta_scale:
+        beta = beta_scale * torch.sigmoid(beta)
+    return Inputs(q, k, v, g, beta)
+
+
+def _l2norm(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+def _l2norm_backward(dy: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    rstd = torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+    return rstd * (dy - y * (dy * y).sum(-1, keepdim=True))
+
+
+def _widen(tensors: tuple[Tensor, ...], cu_seqlens: Tensor | None) -> list[Tensor]:
+    """Inputs in the wide dtype, zero outside every sequence, where they may hold anything."""
+    dtype = wide(tensors[2].dtype)
+    if cu_seqlens is None:
+        return [x.to(dtype) for x in tensors]
+    batch, length = tensors[0].shape[:2]
+    outside = (torch.arange(batch * length, device=cu_seqlens.device) >= cu_seqlens[-1]).view(batch, length)
+    return [x.to(dtype).masked_fill(outside.view(batch, length, *[1] * (x.ndim - 2)), 0) for x in tensors]
+
+
+# Tokens to chunks and back.
+
+
+class Chunks(NamedTuple):
+    """Which tokens make up which chunk. A chunk belongs to one sequence and starts at a multiple of C in it.
+
+    token: [R, M, C] into the B*T tokens, or B*T where the chunk has ended. sequence: [R, M], or S for a chunk without
+    tokens. first, last: [R, M], whether the chunk opens or closes its sequence.
+    """
+
+    token: Tensor
+    sequence: Tensor
+    first: Tensor
+    last: Tensor
+
+
+def _row_chunks(batch: int, length: int, size: int, device: torch.device) -> Chunks:
+    num = max(-(-length // size), 1)
+    position = torch.arange(num * size, device=device).view(num, size)
+    row = torch.arange(batch, device=device)
+    token = torch.where(position < length, row[:, None, None] * length + position, batch * length)
+    number = torch.arange(num, device=device).expand(batch, num)
+    return Chunks(token, row[:, None].expand(batch, num), number == 0, number == num - 1)
+
+
+def _document_chunks(cu_seqlens: Tensor, tokens: int, size: int) -> Chunks:
+    cu_seqlens = cu_seqlens.long()
+    documents = cu_seqlens.shape[0] - 1
+    ends = ((cu_seqlens.diff() + size - 1) // size).cumsum(0)
+    # A count that the device holds would cost a wait; there the static bound serves.
+    num = max(int(ends[-1]), 1) if ends.device.type == "cpu" else -(-tokens // size) + documents
+    chunk = torch.arange(num, device=cu_seqlens.device)
+    sequence = torch.searchsorted(ends, chunk, right=True)
+    padded = torch.cat([ends.new_zeros(1), ends])
+    local = chunk - padded[sequence]
+    bounds = torch.cat([cu_seqlens, cu_seqlens[-1:]])
+    token = bounds[sequence, None] + local[:, None] * size + torch.arange(size, device=cu_seqlens.device)
+    token = torch.where(token < bounds[sequence + 1, None], token, tokens)
+    last = torch.cat([padded[1:], padded[-1:]])[sequence] == chunk + 1
+    return Chunks(token[None], sequence[None], (local == 0)[None], last[None])
+
+
+def _chunks(x_BT: Tensor, cu_seqlens: Tensor | None, size: int) -> Chunks:
+    batch, length = x_BT.shape[:2]
+    if cu_seqlens is None:
+        return _row_chunks(batch, length, size, x_BT.device)
+    return _document_chunks(cu_seqlens, batch * length, size)
+
+
+def _gather(x_BTH: Tensor, chunks: Chunks) -> Tensor:
+    """[B, T, H, ...] to [R, M, H, C, ...], zeros behind the end of a sequence."""
+    flat = x_BTH.flatten(0, 1)
+    padded = torch.cat([flat, flat.new_zeros(1, *flat.shape[1:])])
+    return padded[chunks.token].transpose(2, 3)
+
+
+def _scatter(x_RMHC: Tensor, chunks: Chunks, like_BT: Tensor) -> Tensor:
+    """The inverse of `_gather`, with zeros for the tokens outside every sequence."""
+    batch, length = like_BT.shape[:2]
+    x = x_RMHC.transpose(2, 3)
+    flat = x.new_zeros(batch * length + 1, *x.shape[3:])
+    flat[chunks.token] = x
+    return flat[:-1].view(batch, length, *x.shape[3:])
+
+
+# The rule on chunks: [R, M, H, C, ...].
+
+
+def _to_value_heads(x: Tensor, heads: int) -> Tensor:
+    return x.repeat_interleave(heads // x.shape[2], 2)
+
+
+def _to_key_heads(x: Tensor, heads: int) -> Tensor:
+    grouped: Tensor = x.unflatten(2, (heads, x.shape[2] // heads))
+    return grouped.sum(3)
+
+
+class Decays(NamedTuple):
+    """Products of decays within a chunk: from its start, to its end, whole, and pairwise (lower triangle)."""
+
+    start: Tensor
+    end: Tensor
+    whole: Tensor
+    pairs: Tensor
+
+
+def _decays(g_cumsum: Tensor) -> Decays:
+    lower = torch.ones(g_cumsum.shape[-1], g_cumsum.shape[-1], dtype=torch.bool, device=g_cumsum.device).tril()
+    difference = g_cumsum[..., :, None] - g_cumsum[..., None, :]
+    # Above the diagonal the difference is positive and its exponential may overflow.
+    pairs = difference.masked_fill(~lower, float("-inf")).exp()
+    last = g_cumsum[..., -1:]
+    return Decays(g_cumsum.exp()[..., None], (last - g_cumsum).exp()[..., None], last.exp()[..., None], pairs)
+
+
+def _inverse(x: Inputs, decays: Decays) -> Tensor:
+    lower = (x.beta[..., None] * decays.pairs * (x.k @ x.k.mT)).tril(-1)
+    identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+    inverse: Tensor = torch.linalg.solve_triangular(lower + identity, identity, upper=False, unitriangular=True)
+    return inverse
+
+
+def _scan(
+    x: Inputs, decays: Decays, inverse: Tensor, chunks: Chunks, state: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pass the state along the chunks. Returns the states in front of them, W, U, and the final states."""
+    final, S = state.clone(), torch.zeros_like(state[:1]).expand(chunks.sequence.shape[0], -1, -1, -1)
+    states, errors, updates = [], [], []
+    for i in range(chunks.sequence.shape[1]):
+        sequence = chunks.sequence[:, i]
+        S = torch.where(chunks.first[:, i, None, None, None], state[sequence], S)
+        W = x.v[:, i] - decays.start[:, i] * (x.k[:, i] @ S)
+        U = inverse[:, i] @ (x.beta[:, i, :, :, None] * W)
+        states.append(S)
+        errors.append(W)
+        updates.append(U)
+        S = decays.whole[:, i] * S + x.k[:, i].mT @ (decays.end[:, i] * U)
+        final[sequence] = S
+    return torch.stack(states, 1), torch.stack(errors, 1), torch.stack(updates, 1), final
+
+
+def _initial(state: Tensor | None, like: Tensor, sequences: int, heads: int, K: int, V: int) -> Tensor:
+    """States in front of the sequences, and one of zeros for the chunks without tokens: [S + 1, H, K, V]."""
+    padded = like.new_zeros(sequences + 1, heads, K, V)
+    if state is not None:
+        padded[:-1] = state.to(padded.dtype)
+    return padded
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    qk_l2norm: bool,
+    beta_scale: float,
+    chunk_size: int,
+) -> Outputs:
+    """o, final state, decays summed within chunks [B, T, H], and the inverse A by rows [B, T, H, C]."""
+    tokens = Inputs(*_widen((q, k, v, g, beta), cu_seqlens))
+    x, chunks, _ = _prepare(tokens, A_log, dt_bias, cu_seqlens, qk_l2norm, beta_scale, chunk_size)
+    g_cumsum = x.g.cumsum(-1)
+    decays = _decays(g_cumsum)
+    inverse = _inverse(x, decays)
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    state = _initial(initial_state, x.v, sequences, v.shape[2], q.shape[3], v.shape[3])
+    states, _, U, final = _scan(x, decays, inverse, chunks, state)
+    P = scale * decays.pairs * (x.q @ x.k.mT)
+    o = scale * decays.start * (x.q @ states) + P @ U
+    saved = inverse.to(v.dtype) if v.is_cuda else inverse
+    return (
+        _scatter(o, chunks, v).to(v.dtype),
+        final[:-1].clone(),
+        _scatter(g_cumsum, chunks, v).contiguous(),
+        _scatter(saved, chunks, v).contiguous(),
+    )
+
+
+def _prepare(
+    tokens: Inputs,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    qk_l2norm: bool,
+    beta_scale: float,
+    chunk_size: int,
+) -> tuple[Inputs, Chunks, Inputs]:
+    """The rule's inputs by chunks with q and k repeated to value heads, the chunks, and the inputs by tokens."""
+    active = _activate(*tokens, A_log, dt_bias, qk_l2norm, beta_scale)
+    chunks = _chunks(tokens.v, cu_seqlens, chunk_size)
+    heads = tokens.v.shape[2]
+    q, k, v, g, beta = (_gather(x, chunks) for x in active)
+    # A chunk's padding must neither decay nor correct the state, whatever the gates make of zeros.
+    return Inputs(_to_value_heads(q, heads), _to_value_heads(k, heads), v, g, beta), chunks, active
+
+
+def backward(
+    do: Tensor | None,
+    dfinal_state: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    g_cumsum: Tensor,
+    inverse: Tensor,
+    scale: float,
+    qk_l2norm: bool,
+    beta_scale: float,
+    chunk_size: int,
+) -> Outputs:
+    """Gradients of q, k, v, g, beta, A_log, dt_bias and the initial state; empty for those that are None."""
+    tokens = Inputs(*_widen((q, k, v, g, beta), cu_seqlens))
+    x, chunks, active = _prepare(tokens, A_log, dt_bias, cu_seqlens, qk_l2norm, beta_scale, chunk_size)
+    decays, A = _decays(x.g.cumsum(-1)), _gather(inverse.to(x.v.dtype), chunks)
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sizes = (sequences, v.shape[2], q.shape[3], v.shape[3])
+    states, W, U, _ = _scan(x, decays, A, chunks, _initial(initial_state, x.v, *sizes))
+    do_RMHCV = torch.zeros_like(x.v) if do is None else _gather(do.to(x.v.dtype), chunks)
+    dstates, Z, dinitial = _scan_back(x, decays, A, chunks, do_RMHCV, _initial(dfinal_state, x.v, *sizes), scale=scale)
+    grads = _chunk_gradients(x, decays, do_RMHCV, states, dstates, W, U, Z, scale)
+    key_heads = q.shape[2]
+    dq, dk = (_to_key_heads(d, key_heads) for d in (grads.q, grads.k))
+    dactive = Inputs(*(_scatter(d, chunks, v) for d in (dq, dk, *grads[2:])))
+    dtokens, dA_log, ddt_bias = _activate_backward(dactive, tokens, active, A_log, dt_bias, qk_l2norm, beta_scale)
+    first = (d.to(p.dtype).contiguous() for d, p in zip(dtokens, (q, k, v, g, beta), strict=True))
+    return (*first, dA_log, ddt_bias, q.new_empty(0) if initial_state is None else dinitial[:-1].clone())
+
+
+def _scan_back(
+    x: Inputs, decays: Decays, inverse: Tensor, chunks: Chunks, do: Tensor, dfinal: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The scan's gradient. Returns the gradients of the states behind the chunks, Z = A^T dU, and of initial states."""
+    P = scale * decays.pairs * (x.q @ x.k.mT)
+    dU_local, dS_local = P.mT @ do, (scale * decays.start * x.q).mT @ do
+    dinitial, dS = dfinal.clone(), torch.zeros_like(dfinal[:1]).expand(chunks.sequence.shape[0], -1, -1, -1)
+    dstates, Zs = [], []
+    for i in reversed(range(chunks.sequence.shape[1])):
+        sequence = chunks.sequence[:, i]
+        dS = torch.where(chunks.last[:, i, None, None, None], dfinal[sequence], dS)
+        dU = dU_local[:, i] + decays.end[:, i] * (x.k[:, i] @ dS)
+        Z = inverse[:, i].mT @ dU
+        dstates.append(dS)
+        Zs.append(Z)
+        dW = x.beta[:, i, :, :, None] * Z
+        dS = decays.whole[:, i] * dS + dS_local[:, i] - (decays.start[:, i] * x.k[:, i]).mT @ dW
+        dinitial[sequence] = dS
+    return torch.stack(dstates[::-1], 1), torch.stack(Zs[::-1], 1), dinitial
+
+
+def _chunk_gradients(
+    x: Inputs,
+    decays: Decays,
+    do: Tensor,
+    states: Tensor,
+    dstates: Tensor,
+    W: Tensor,
+    U: Tensor,
+    Z: Tensor,
+    scale: float,
+) -> Inputs:
+    """Gradients of the rule's inputs from what both scans left behind, every chunk by itself.
+
+    The inverse needs no matrix of its own here: its gradient is the product -Z U^T (the rank of V).
+    """
+    pairs, beta = decays.pairs, x.beta[..., None]
+    KK, QK = pairs * (x.k @ x.k.mT), scale * pairs * (x.q @ x.k.mT)
+    dW = beta * Z
+    dL, dP = -(Z @ U.mT).tril(-1), (do @ U.mT).tril()
+    dqk, dkk = scale * pairs * dP, beta * pairs * dL
+    dq_state = scale * decays.start * (do @ states.mT)
+    dk_start = -decays.start * (dW @ states.mT)
+    dk_end = decays.end * (U @ dstates.mT)
+    dq = dq_state + dqk @ x.k
+    dk = dqk.mT @ x.q + (dkk + dkk.mT) @ x.k + dk_start + dk_end
+    dbeta = (Z * W).sum(-1) + (dL * KK).sum(-1)
+    # Each pair's decay gains in its row and loses in its column; on the diagonal both cancel and are left out.
+    dpairs = (dP * QK + dL * beta * KK).tril(-1)
+    ends = (dk_end * x.k).sum(-1)
+    dG = dpairs.sum(-1) - dpairs.sum(-2) + (dq_state * x.q + dk_start * x.k).sum(-1) - ends
+    dG[..., -1] += (decays.whole * states * dstates).sum((-1, -2)) + ends.sum(-1)
+    dg = dG.flip(-1).cumsum(-1).flip(-1)
+    return Inputs(dq, dk, dW, dg, dbeta)
+
+
+def _activate_backward(
+    d: Inputs,
+    tokens: Inputs,
+    active: Inputs,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    qk_l2norm: bool,
+    beta_scale: float,
+) -> tuple[Inputs, Tensor, Tensor]:
+    if qk_l2norm:
+        d = d._replace(q=_l2norm_backward(d.q, tokens.q, active.q), k=_l2norm_backward(d.k, tokens.k, active.k))
+    if beta_scale:
+        d = d._replace(beta=d.beta * active.beta * (1 - active.beta / beta_scale))
+    if A_log is None or dt_bias is None:
+        return d, tokens.v.new_empty(0), tokens.v.new_empty(0)
+    rate = -A_log.to(d.g.dtype).exp() * torch.sigmoid(tokens.g + dt_bias.to(d.g.dtype))
+    dA_log, dprojection = (d.g * active.g).sum((0, 1)), d.g * rate
+    return d._replace(g=dprojection), dA_log.to(A_log.dtype), dprojection.sum((0, 1)).to(dt_bias.dtype)
+
+
+def recurrent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    qk_l2norm: bool,
+    beta_scale: float,
+) -> Outputs:
+    """o and the final state, one token after the other."""
+    tokens = Inputs(*_widen((q, k, v, g, beta), cu_seqlens))
+    x, chunks, _ = _prepare(tokens, A_log, dt_bias, cu_seqlens, qk_l2norm, beta_scale, 1)
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    state = _initial(initial_state, x.v, sequences, v.shape[2], q.shape[3], v.shape[3])
+    final, S, outputs = state.clone(), torch.zeros_like(state[:1]).expand(chunks.sequence.shape[0], -1, -1, -1), []
+    for t in range(chunks.sequence.shape[1]):
+        sequence = chunks.sequence[:, t]
+        S = torch.where(chunks.first[:, t, None, None, None], state[sequence], S) * x.g[:, t, ..., None].exp()
+        k_t = x.k[:, t]
+        S = S + k_t.mT @ (x.beta[:, t, ..., None] * (x.v[:, t] - k_t @ S))
+        outputs.append(scale * (x.q[:, t] @ S))
+        final[sequence] = S
+    o = _scatter(torch.stack(outputs, 1), chunks, v)
+    return o.to(v.dtype), final[:-1].clone()

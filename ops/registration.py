@@ -1,0 +1,176 @@
+"""How every op of this package is registered: a schema, a fake, an implementation, a gradient and a vmap rule.
+
+An op is functional: no argument is written and no output aliases an input. Its gradient is an op of its own, so that
+torch.compile, opcheck and DTensor see both. The schema's last argument, `impl`, chooses the implementation: "auto"
+takes the Triton kernel on CUDA and the PyTorch reference elsewhere; "reference" and "triton" ask for one and fail
+where it cannot run.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch._ops import OpOverload
+
+Impl = Literal["auto", "reference", "triton"]
+Outputs = Tensor | tuple[Tensor, ...]
+
+logger = logging.getLogger("q3n_functional.ops")
+_library = torch.library.Library("q3n", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums and states are kept in: fp32, or fp64 for fp64 inputs."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def define(
+    name: str, schema: str, *, reference: Callable[..., Outputs], fake: Callable[..., Outputs], kernel: str | None
+) -> OpOverload:
+    """Register the op `q3n::name` and return it.
+
+    `reference` takes the schema's arguments but `impl`, runs on any device and returns fresh contiguous tensors;
+    `fake` does the same for fake tensors. `kernel` is "module:function" below `q3n_functional.ops.kernels`, imported
+    when it first runs, or None while the op has none.
+    """
+    _library.define(f"{name}{schema}", tags=_TAGS)
+    run = functools.partial(_run, name, reference, kernel)
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, run, device)
+    torch.library.register_fake(f"q3n::{name}", lambda *args: fake(*args[:-1]), lib=_library)
+    overload: OpOverload = getattr(torch.ops.q3n, name).default
+    return overload
+
+
+def _run(name: str, reference: Callable[..., Outputs], kernel: str | None, *args: Any) -> Outputs:
+    *arguments, impl = args
+    device = next(a.device.type for a in arguments if isinstance(a, Tensor))
+    if impl == "triton" or (impl == "auto" and kernel and device == "cuda"):
+        if kernel is None:
+            raise NotImplementedError(f"q3n::{name} has no Triton kernel: ask for impl='reference' or 'auto'")
+        _say_once(f"q3n::{name} on {device} runs its Triton kernel")
+        return _load(kernel)(*arguments)
+    why = (
+        "as asked" if impl == "reference" else "no Triton kernel" if not kernel else f"Triton needs CUDA, not {device}"
+    )
+    _say_once(f"q3n::{name} on {device} runs the PyTorch reference ({why})")
+    return reference(*arguments)
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    logger.info(line)
+
+
+@functools.cache
+def _load(kernel: str) -> Callable[..., Outputs]:
+    module, function = kernel.split(":")
+    launcher: Callable[..., Outputs] = getattr(
+        importlib.import_module(f"q3n_functional.ops.kernels.{module}"), function
+    )
+    return launcher
+
+
+def differentiable(
+    op: OpOverload,
+    setup_context: Callable[[Any, tuple[Any, ...], Any], None],
+    backward: Callable[..., Sequence[Tensor | None]],
+    rows: Sequence[str] = (),
+) -> Callable[..., Any]:
+    """Attach a gradient and a vmap rule to `op` and return what public functions call.
+
+    `backward(ctx, *gradients)` returns a gradient or None for each argument; a gradient that it is not given is None.
+    `rows` names the arguments whose first dim is a batch of independent rows, as the outputs' first dim then is: vmap
+    over these alone, without `cu_seqlens`, is one call with the dims folded; over anything else it is a loop.
+
+    The gradient is registered with torch.library, which recomputation policies and repeated arguments need;
+    torch.func cannot differentiate such ops (pytorch#168393), so under its transforms the same functions make an
+    `autograd.Function` instead.
+    """
+
+    def sparse_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        # Zeros made up for an output that nobody used would be plain tensors even among DTensors.
+        ctx.set_materialize_grads(False)
+        setup_context(ctx, inputs, output)
+
+    names = [argument.name for argument in op._schema.arguments]
+
+    class Transformable(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return op(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            sparse_context(ctx, inputs, output)
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+            return backward(ctx, *gradients)
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+            return _vmap(transformable, dict(zip(names, args, strict=True)), rows, info.batch_size, in_dims)
+
+    # Under torch.func.grad Dynamo would trace `forward` alone and lose the gradient: it must not look inside.
+    torch.compiler.allow_in_graph(Transformable)
+    transformable: Callable[..., Any] = Transformable.apply
+
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        return _vmap(op, dict(zip(names, args, strict=True)), rows, info.batch_size, in_dims)
+
+    torch.library.register_autograd(op._schema.name, backward, setup_context=sparse_context, lib=_library)
+    torch.library.register_vmap(op._schema.name, vmap, lib=_library)
+
+    def call(*args: Any) -> Any:
+        return transformable(*args) if _transform_is_active() else op(*args)
+
+    return call
+
+
+def gradient(op: OpOverload) -> Callable[..., Any]:
+    """`differentiable` for an op that is itself a gradient: a derivative of it is refused in so many words."""
+
+    def refuse(ctx: Any, *gradients: Tensor | None) -> Sequence[Tensor | None]:
+        raise NotImplementedError(f"{op._schema.name}: second derivatives are not implemented")
+
+    return differentiable(op, lambda ctx, inputs, output: None, refuse)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _transform_is_active() -> bool:
+    # Forward-mode levels count too: a custom op would silently give them a zero, the autograd.Function raises.
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return forward_mode or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _vmap(
+    call: Callable[..., Any], arguments: dict[str, Any], rows: Sequence[str], size: int, in_dims: Sequence[int | None]
+) -> tuple[Any, Any]:
+    dims = dict(zip(arguments, in_dims, strict=True))
+    batched = {name for name, dim in dims.items() if dim is not None}
+    if batched <= set(rows) and arguments.get("cu_seqlens") is None:
+        folded = call(*(_fold(x, dims[name], size) if name in rows else x for name, x in arguments.items()))
+        outputs = pytree.tree_map(lambda y: y.unflatten(0, (size, y.shape[0] // size)), folded)
+    else:
+        each = [call(*(_pick(x, dims[name], i) for name, x in arguments.items())) for i in range(size)]
+        outputs = pytree.tree_map(lambda *ys: torch.stack(ys), *each)
+    return outputs, pytree.tree_map(lambda _: 0, outputs)
+
+
+def _fold(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    if x is None:
+        return None
+    return (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+
+
+def _pick(x: Any, dim: int | None, index: int) -> Any:
+    return x if dim is None else x.select(dim, index)

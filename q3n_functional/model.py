@@ -1,0 +1,213 @@
+"""Qwen3-Next: tokens to logits, and the training loss with its multi-token-prediction term.
+
+Letters: B batch, T time, D model width, V vocabulary, E experts.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, linear
+from torch.utils.checkpoint import checkpoint
+
+from q3n_functional.cache import Cache, KeyValues, LinearState
+from q3n_functional.config import Config
+from q3n_functional.layers import Context, RouterStatistics, context, decoder_layer, rms_norm
+from q3n_functional.ops.registration import wide
+from q3n_functional.packing import IGNORE, Documents, same_document, shift
+from q3n_functional.params import MultiTokenPrediction, Parameters
+
+
+class Metrics(NamedTuple):
+    """The parts of a loss, detached fp32 scalars. Cross-entropies are in nats a target."""
+
+    cross_entropy: Tensor
+    mtp_cross_entropy: Tensor
+    aux_loss: Tensor
+    z_loss: Tensor
+    num_targets: Tensor
+
+
+def forward(params: Parameters, tokens_BT: Tensor, documents: Documents | None = None, *, config: Config) -> Tensor:
+    """Logits [B, T, V] in the parameters' dtype; tokens_BT is int64 [B, T]."""
+    h_BTD, _, _ = hidden_states(params, tokens_BT, documents, config=config)
+    return linear(h_BTD, head(params))
+
+
+def forward_cached(params: Parameters, tokens_BT: Tensor, cache: Cache, *, config: Config) -> tuple[Tensor, Cache]:
+    """Logits [B, T, V] of tokens that continue the sequences of `cache`, and the cache behind them.
+
+    `cache` must have room for T more tokens; `q3n_functional.generate` checks that.
+    """
+    h_BTD, _, new_cache = hidden_states(params, tokens_BT, None, cache, config=config)
+    assert new_cache is not None
+    return linear(h_BTD, head(params)), new_cache
+
+
+def head(params: Parameters) -> Tensor:
+    """The output matrix [V, D]: the embedding where the head is tied."""
+    return params.embed_tokens if isinstance(params.lm_head, tuple) else params.lm_head
+
+
+def hidden_states(
+    params: Parameters,
+    tokens_BT: Tensor,
+    documents: Documents | None = None,
+    cache: Cache | None = None,
+    *,
+    config: Config,
+    checkpoint_layers: bool = False,
+) -> tuple[Tensor, RouterStatistics, Cache | None]:
+    """The normalised output of the last layer [B, T, D], the routers' statistics, and the cache behind the tokens.
+
+    `checkpoint_layers` keeps only each layer's input for backward and computes the layer again there.
+    """
+    shared = _context(tokens_BT, documents, cache, config)
+    x_BTD, statistics, states = embedding(tokens_BT, params.embed_tokens), _no_statistics(params, config), []
+    layer = functools.partial(decoder_layer, config=config)
+    for i, p in enumerate(params.layers):
+        state = None if cache is None else cache.layers[i]
+        if checkpoint_layers:
+            x_BTD, new_state, new = checkpoint(layer, p, x_BTD, shared, state, use_reentrant=False)
+        else:
+            x_BTD, new_state, new = layer(p, x_BTD, shared, state)
+        statistics = _pooled(statistics, new)
+        states.append(new_state)
+    h_BTD = rms_norm(x_BTD, params.norm, config.rms_norm_eps)
+    return h_BTD, statistics, _continued(cache, states, tokens_BT.shape[1])
+
+
+def _context(tokens_BT: Tensor, documents: Documents | None, cache: Cache | None, config: Config) -> Context:
+    if cache is None:
+        return context(tokens_BT, documents, None, 0, config)
+    if documents is not None:
+        raise ValueError("a cache continues whole rows: documents cannot be given with it")
+    capacity = max((s.k.shape[1] for s in cache.layers if isinstance(s, KeyValues)), default=0)
+    return context(tokens_BT, None, cache.lengths_B, capacity, config)
+
+
+def _continued(cache: Cache | None, states: list[LinearState | KeyValues], length: int) -> Cache | None:
+    return None if cache is None else Cache(tuple(states), cache.lengths_B + length)
+
+
+def _no_statistics(params: Parameters, config: Config) -> RouterStatistics:
+    zeros = params.norm.new_zeros(max(config.num_experts, 1), dtype=torch.float32)
+    return RouterStatistics(zeros, zeros, zeros[0])
+
+
+def _pooled(a: RouterStatistics, b: RouterStatistics | None) -> RouterStatistics:
+    return a if b is None else RouterStatistics(*(x + y for x, y in zip(a, b, strict=True)))
+
+
+def multi_token_prediction(
+    p: MultiTokenPrediction,
+    embed_tokens: Tensor,
+    h_BTD: Tensor,
+    tokens_BT: Tensor,
+    documents: Documents | None = None,
+    *,
+    config: Config,
+) -> tuple[Tensor, RouterStatistics | None]:
+    """Hidden states [B, T, D] from which the shared head predicts the token after the next.
+
+    At t it sees h_t and the embedding of token t+1 of the same document (DeepSeek-V3, section 2.2; names as in the
+    published checkpoint). Where a document has no such token the result means nothing and is never a target.
+    """
+    shared = context(tokens_BT, documents, None, 0, config)._replace(valid_BT=_has_next(tokens_BT, documents))
+    e_BTD = rms_norm(
+        embedding(shift(tokens_BT, documents, 1, 0), embed_tokens), p.pre_fc_norm_embedding, config.rms_norm_eps
+    )
+    h_BTD = rms_norm(h_BTD, p.pre_fc_norm_hidden, config.rms_norm_eps)
+    x_BTD = linear(torch.cat([e_BTD, h_BTD], -1), p.fc)
+    x_BTD, _, statistics = decoder_layer(p.layer, x_BTD, shared, None, config=config)
+    return rms_norm(x_BTD, p.norm, config.rms_norm_eps), statistics
+
+
+def _has_next(tokens_BT: Tensor, documents: Documents | None) -> Tensor:
+    if documents is not None:
+        return same_document(documents, 1)
+    length = tokens_BT.shape[1]
+    return (torch.arange(length, device=tokens_BT.device) < length - 1).expand(tokens_BT.shape)
+
+
+def targets(
+    tokens_BT: Tensor, documents: Documents | None = None, labels_BT: Tensor | None = None, *, by: int = 1
+) -> Tensor:
+    """The label `by` tokens later in the same document, IGNORE where there is none. Labels default to the tokens."""
+    return shift(tokens_BT if labels_BT is None else labels_BT, documents, by, IGNORE)
+
+
+def count_targets(tokens_BT: Tensor, documents: Documents | None = None, labels_BT: Tensor | None = None) -> Tensor:
+    """fp32 [2]: how many targets the head and the prediction module have in this batch.
+
+    Summed over micro-batches and given to `loss`, it makes their gradients add up to those of one large batch.
+    """
+    counts = [(targets(tokens_BT, documents, labels_BT, by=by) != IGNORE).sum() for by in (1, 2)]
+    return torch.stack(counts).to(torch.float32)
+
+
+def loss(
+    params: Parameters,
+    tokens_BT: Tensor,
+    documents: Documents | None = None,
+    labels_BT: Tensor | None = None,
+    num_targets: Tensor | None = None,
+    *,
+    config: Config,
+    z_loss_coef: float = 0.0,
+    checkpoint_layers: bool = False,
+) -> tuple[Tensor, Metrics]:
+    """The training loss, an fp32 scalar, and its parts.
+
+    Mean cross-entropy of the next token, plus `z_loss_coef` times the mean squared log-partition, plus
+    `config.mtp_loss_scaling_factor` times the prediction module's cross-entropy, plus `config.router_aux_loss_coef`
+    times the load-balancing loss pooled over all routers as transformers defines it.
+
+    labels_BT: int64 [B, T], not shifted, IGNORE where a token is not to be learnt; the tokens where None.
+    num_targets: what `count_targets` gave for a larger batch of which this is a part.
+    """
+    h_BTD, statistics, _ = hidden_states(
+        params, tokens_BT, documents, config=config, checkpoint_layers=checkpoint_layers
+    )
+    own = count_targets(tokens_BT, documents, labels_BT)
+    totals = (own if num_targets is None else num_targets).clamp(min=1)
+    main_BT = targets(tokens_BT, documents, labels_BT)
+    cross_entropy, z_loss = (x / totals[0] for x in _cross_entropy(h_BTD, head(params), main_BT))
+    mtp_loss = torch.zeros_like(cross_entropy)
+    if isinstance(params.mtp, MultiTokenPrediction):
+        h2_BTD, new = multi_token_prediction(
+            params.mtp, params.embed_tokens, h_BTD, tokens_BT, documents, config=config
+        )
+        statistics = _pooled(statistics, new)
+        mtp_loss = _cross_entropy(h2_BTD, head(params), targets(tokens_BT, documents, labels_BT, by=2))[0] / totals[1]
+    aux_loss = load_balancing_loss(statistics) * own[0].clamp(min=1) / totals[0]
+    total = (
+        cross_entropy
+        + z_loss_coef * z_loss
+        + config.mtp_loss_scaling_factor * mtp_loss
+        + config.router_aux_loss_coef * aux_loss
+    )
+    return total, Metrics(*(x.detach() for x in (cross_entropy, mtp_loss, aux_loss, z_loss, own[0])))
+
+
+def _cross_entropy(h_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over the targets of the cross-entropy and of the squared log-partition, in fp32."""
+    logits_BTV = linear(h_BTD, head_VD)
+    logits_BTV = logits_BTV.to(wide(logits_BTV.dtype))
+    kept = targets_BT != IGNORE
+    partition_BT = logits_BTV.logsumexp(-1)
+    picked_BT = logits_BTV.gather(-1, targets_BT.clamp(min=0)[..., None])[..., 0]
+    zero = partition_BT.new_zeros(())
+    sums = (torch.where(kept, x, zero).sum() for x in (partition_BT - picked_BT, partition_BT.square()))
+    cross_entropy, z_loss = sums
+    return cross_entropy, z_loss
+
+
+def load_balancing_loss(statistics: RouterStatistics) -> Tensor:
+    """`E sum_e f_e P_e`: f_e assignments and P_e mean probability a token (Fedus et al. 2021); balance gives top-k."""
+    tokens = statistics.tokens.clamp(min=1)
+    fraction_E, probability_E = statistics.assignments_E / tokens, statistics.probabilities_E / tokens
+    return fraction_E.shape[0] * (fraction_E * probability_E).sum()
