@@ -82,11 +82,12 @@ def _initial_rows(ends: Tensor, width: int) -> Tensor:
     return starts[:, None] + torch.arange(width - 1, device=ends.device)
 
 
-def _convolve(extended: Tensor, weight_CW: Tensor, rows: Tensor) -> Tensor:
-    width, weight = weight_CW.shape[1], weight_CW.to(extended.dtype)
-    total = extended[rows] * weight[:, -1]
-    for back in range(1, width):
-        total = torch.addcmul(total, extended[rows - back], weight[:, width - 1 - back])
+def _sums(extended: Tensor, weight_CW: Tensor) -> Tensor:
+    """The convolution before its activation, at every row: those of the initial inputs come out meaningless."""
+    last, weight = weight_CW.shape[1] - 1, weight_CW.to(extended.dtype)
+    total = extended * weight[:, last]
+    for back in range(1, last + 1):
+        total[back:].addcmul_(extended[:-back], weight[:, last - back])
     return total
 
 
@@ -95,8 +96,8 @@ def _forward(x_BTC: Tensor, weight_CW: Tensor, initial_state: Tensor | None, cu_
     rows, ends, inside = _layout(x_BTC, width, cu_seqlens)
     extended = _extend(x_BTC, initial_state, width, rows, ends, inside)
     # A token outside every sequence still sees the last one's inputs through its taps.
-    y = torch.nn.functional.silu(_convolve(extended, weight_CW, rows)).masked_fill(~inside[:, None], 0)
-    state = extended[ends[:, None] - torch.arange(width - 1, 0, -1, device=ends.device)].mT
+    y = torch.nn.functional.silu(_sums(extended, weight_CW)[rows]).masked_fill_(~inside[:, None], 0)
+    state = extended[_final_rows(ends, width)].mT
     return y.to(x_BTC.dtype).view(x_BTC.shape), state.to(x_BTC.dtype).contiguous()
 
 
@@ -111,26 +112,38 @@ def _backward(
     width = weight_CW.shape[1]
     rows, ends, inside = _layout(x_BTC, width, cu_seqlens)
     extended = _extend(x_BTC, initial_state, width, rows, ends, inside)
-    dextended, dweight = torch.zeros_like(extended), torch.zeros_like(weight_CW, dtype=extended.dtype)
-    if dy_BTC is not None:
-        dtotal = _silu_backward(dy_BTC, _convolve(extended, weight_CW, rows), inside)
-        for back in range(width):
-            tap = width - 1 - back
-            dextended[rows - back] += dtotal * weight_CW[:, tap].to(dtotal.dtype)
-            dweight[:, tap] = (dtotal * extended[rows - back]).sum(0)
+    if dy_BTC is None:
+        dextended, dweight = torch.zeros_like(extended), torch.zeros_like(weight_CW)
+    else:
+        dsums = torch.zeros_like(extended)
+        dsums[rows] = _silu_backward(dy_BTC, _sums(extended, weight_CW)[rows], inside)
+        dextended, dweight = _sums_backward(dsums, extended, weight_CW)
     if dstate is not None:
-        dextended[ends[:, None] - torch.arange(width - 1, 0, -1, device=ends.device)] += dstate.mT.to(dextended.dtype)
-    dx = dextended[rows].masked_fill(~inside[:, None], 0).to(x_BTC.dtype).view(x_BTC.shape)
+        dextended[_final_rows(ends, width)] += dstate.mT.to(dextended.dtype)
+    dx = dextended[rows].masked_fill_(~inside[:, None], 0).to(x_BTC.dtype).view(x_BTC.shape)
     if initial_state is None:
-        return dx, dweight.to(weight_CW.dtype), x_BTC.new_empty(0)
-    dinitial = dextended[_initial_rows(ends, width)].mT.to(initial_state.dtype).contiguous()
-    return dx, dweight.to(weight_CW.dtype), dinitial
+        return dx, dweight, x_BTC.new_empty(0)
+    return dx, dweight, dextended[_initial_rows(ends, width)].mT.to(initial_state.dtype).contiguous()
+
+
+def _final_rows(ends: Tensor, width: int) -> Tensor:
+    """Rows [N, W-1] of each sequence's last inputs."""
+    return ends[:, None] - torch.arange(width - 1, 0, -1, device=ends.device)
 
 
 def _silu_backward(dy_BTC: Tensor, total: Tensor, inside: Tensor) -> Tensor:
     sigmoid = torch.sigmoid(total)
     dtotal = dy_BTC.flatten(0, 1).to(total.dtype) * sigmoid * (1 + total * (1 - sigmoid))
-    return dtotal.masked_fill(~inside[:, None], 0)
+    return dtotal.masked_fill_(~inside[:, None], 0)
+
+
+def _sums_backward(dsums: Tensor, extended: Tensor, weight_CW: Tensor) -> tuple[Tensor, Tensor]:
+    last, weight = weight_CW.shape[1] - 1, weight_CW.to(dsums.dtype)
+    dextended, dtaps = dsums * weight[:, last], [(dsums * extended).sum(0)]
+    for back in range(1, last + 1):
+        dextended[:-back].addcmul_(dsums[back:], weight[:, last - back])
+        dtaps.append((dsums[back:] * extended[:-back]).sum(0))
+    return dextended, torch.stack(dtaps[::-1], 1).to(weight_CW.dtype)
 
 
 def _fake_forward(x: Tensor, weight: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> Outputs:
