@@ -54,3 +54,14 @@ def perturbed(config: Config, seed: int = 0, dtype: torch.dtype = torch.float32)
 def trainable(tree: params.Parameters) -> params.Parameters:
     """The same values as leaves that take gradients."""
     return cast(params.Parameters, pytree.tree_map(lambda leaf: leaf.detach().clone().requires_grad_(), tree))
+
+
+def slower(tree: params.Parameters, by: float = 4.0) -> params.Parameters:
+    """The same model with decays slower by exp(by), so that a state that leaks or is lost shows in the results."""
+    layers = tuple(
+        layer._replace(mixer=layer.mixer._replace(A_log=layer.mixer.A_log - by))
+        if isinstance(layer.mixer, params.LinearAttention)
+        else layer
+        for layer in tree.layers
+    )
+    return tree._replace(layers=layers)
