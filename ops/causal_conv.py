@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from q3n_functional.ops.registration import Impl, Outputs, define, differentiable, gradient, wide
+from q3n_functional.ops.registration import Impl, Outputs, check_documents, define, differentiable, gradient, wide
 
 
 def causal_conv(
@@ -39,6 +39,9 @@ def causal_conv(
 def _check(x: Tensor, weight: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> None:
     if x.ndim != 3 or weight.ndim != 2 or weight.shape[0] != x.shape[2]:
         raise ValueError(f"x must be [B, T, C] and weight [C, W], got {tuple(x.shape)} and {tuple(weight.shape)}")
+    if weight.shape[1] < 1:
+        raise ValueError(f"weight must have at least one tap, got {tuple(weight.shape)}")
+    check_documents(cu_seqlens)
     num = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if initial_state is not None:
         wanted = (num, x.shape[2], weight.shape[1] - 1)
@@ -56,12 +59,12 @@ def _layout(x_BTC: Tensor, width: int, cu_seqlens: Tensor | None) -> tuple[Tenso
     """
     batch, length, _ = x_BTC.shape
     if cu_seqlens is None:
-        cu_seqlens = torch.arange(0, (batch + 1) * length, max(length, 1), device=x_BTC.device)[: batch + 1]
+        cu_seqlens = torch.arange(batch + 1, device=x_BTC.device) * length
     tokens = torch.arange(batch * length, device=x_BTC.device)
     ends = cu_seqlens[1:].long()
     sequence = torch.searchsorted(ends, tokens, right=True).clamp(max=ends.shape[0] - 1)
     numbers = torch.arange(1, ends.shape[0] + 1, device=x_BTC.device)
-    return tokens + (sequence + 1) * (width - 1), ends + numbers * (width - 1), tokens < ends[-1]
+    return tokens + (sequence + 1) * (width - 1), ends + numbers * (width - 1), tokens < cu_seqlens[-1]
 
 
 def _extend(

@@ -16,11 +16,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from q3n_functional.ops import reference_gated_delta_rule as reference
-from q3n_functional.ops.registration import Impl, Outputs, define, differentiable, gradient, wide
+from q3n_functional.ops.registration import Impl, Outputs, check_documents, define, differentiable, gradient, wide
 
 
 def gated_delta_rule(
@@ -123,8 +122,7 @@ def _check(
 
 
 def _check_state(q: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> None:
-    if cu_seqlens is not None and (cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32):
-        raise ValueError(f"cu_seqlens must be a 1-D int32 tensor, got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+    check_documents(cu_seqlens)
     if initial_state is None:
         return
     num = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1

@@ -101,11 +101,11 @@ def _document_chunks(cu_seqlens: Tensor, tokens: int, size: int) -> Chunks:
     cu_seqlens = cu_seqlens.long()
     documents = cu_seqlens.shape[0] - 1
     ends = ((cu_seqlens.diff() + size - 1) // size).cumsum(0)
+    padded = torch.cat([ends.new_zeros(1), ends])
     # A count that the device holds would cost a wait; there the static bound serves.
-    num = max(int(ends[-1]), 1) if ends.device.type == "cpu" else -(-tokens // size) + documents
+    num = max(int(padded[-1]), 1) if ends.device.type == "cpu" else -(-tokens // size) + documents
     chunk = torch.arange(num, device=cu_seqlens.device)
     sequence = torch.searchsorted(ends, chunk, right=True)
-    padded = torch.cat([ends.new_zeros(1), ends])
     local = chunk - padded[sequence]
     bounds = torch.cat([cu_seqlens, cu_seqlens[-1:]])
     token = bounds[sequence, None] + local[:, None] * size + torch.arange(size, device=cu_seqlens.device)
@@ -288,7 +288,8 @@ def backward(
     dactive = Inputs(*(_scatter(d, chunks, v) for d in (dq, dk, *grads[2:])))
     dtokens, dA_log, ddt_bias = _activate_backward(dactive, tokens, active, A_log, dt_bias, qk_l2norm, beta_scale)
     first = (d.to(p.dtype).contiguous() for d, p in zip(dtokens, (q, k, v, g, beta), strict=True))
-    return (*first, dA_log, ddt_bias, q.new_empty(0) if initial_state is None else dinitial[:-1].clone())
+    last = (dA_log, ddt_bias, None if initial_state is None else dinitial[:-1].clone())
+    return (*first, *(q.new_empty(0) if d is None else d for d in last))
 
 
 def _scan_back(
@@ -355,13 +356,13 @@ def _activate_backward(
     dt_bias: Tensor | None,
     qk_l2norm: bool,
     beta_scale: float,
-) -> tuple[Inputs, Tensor, Tensor]:
+) -> tuple[Inputs, Tensor | None, Tensor | None]:
     if qk_l2norm:
         d = d._replace(q=_l2norm_backward(d.q, tokens.q, active.q), k=_l2norm_backward(d.k, tokens.k, active.k))
     if beta_scale:
         d = d._replace(beta=d.beta * active.beta * (1 - active.beta / beta_scale))
     if A_log is None or dt_bias is None:
-        return d, tokens.v.new_empty(0), tokens.v.new_empty(0)
+        return d, None, None
     rate = -A_log.to(d.g.dtype).exp() * torch.sigmoid(tokens.g + dt_bias.to(d.g.dtype))
     dA_log, dprojection = (d.g * active.g).sum((0, 1)), d.g * rate
     return d._replace(g=dprojection), dA_log.to(A_log.dtype), dprojection.sum((0, 1)).to(dt_bias.dtype)

@@ -12,7 +12,7 @@ import functools
 import importlib
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.utils._pytree as pytree
@@ -30,6 +30,12 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype that sums and states are kept in: fp32, or fp64 for fp64 inputs."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def check_documents(cu_seqlens: Tensor | None) -> None:
+    """Raise ValueError where `cu_seqlens` is not what `q3n_functional.packing` makes."""
+    if cu_seqlens is not None and (cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or not len(cu_seqlens)):
+        raise ValueError(f"cu_seqlens must be int32 [S+1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
 
 
 def define(
@@ -52,6 +58,8 @@ def define(
 
 def _run(name: str, reference: Callable[..., Outputs], kernel: str | None, *args: Any) -> Outputs:
     *arguments, impl = args
+    if impl not in get_args(Impl):
+        raise ValueError(f"impl must be 'auto', 'reference' or 'triton', got {impl!r}")
     device = next(a.device.type for a in arguments if isinstance(a, Tensor))
     if impl == "triton" or (impl == "auto" and kernel and device == "cuda"):
         if kernel is None:
@@ -62,7 +70,9 @@ def _run(name: str, reference: Callable[..., Outputs], kernel: str | None, *args
         "as asked" if impl == "reference" else "no Triton kernel" if not kernel else f"Triton needs CUDA, not {device}"
     )
     _say_once(f"q3n::{name} on {device} runs the PyTorch reference ({why})")
-    return reference(*arguments)
+    # Under autocast the reference's own products would be rounded too.
+    with torch.autocast(device, enabled=False):
+        return reference(*arguments)
 
 
 @functools.cache

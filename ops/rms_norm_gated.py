@@ -26,8 +26,9 @@ def rms_norm_gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float = 1e-6, i
         raise ValueError(f"x and gate must agree, got {tuple(x.shape)} {x.dtype} and {tuple(gate.shape)} {gate.dtype}")
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight must have shape {tuple(x.shape[-1:])}, the last dim of x, got {tuple(weight.shape)}")
-    y: Tensor = _rms_norm_gated(x, gate, weight, eps, impl)
-    return y
+    # The op wants a dim of rows, along which vmap lays its own.
+    y: Tensor = _rms_norm_gated(torch.atleast_2d(x), torch.atleast_2d(gate), weight, eps, impl)
+    return y.view(x.shape)
 
 
 def _normalised(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
