@@ -186,8 +186,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _backward_of_op(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None and dstate is None:
         return (None,) * 5
-    dx, dweight, dinitial = _causal_conv_backward(dy, dstate, *ctx.saved_tensors, ctx.impl)
-    return dx, dweight, None if ctx.saved_tensors[2] is None else dinitial, None, None
+    tensors = ctx.saved_tensors  # read once: checkpointing allows no more
+    dx, dweight, dinitial = _causal_conv_backward(dy, dstate, *tensors, ctx.impl)
+    return dx, dweight, None if tensors[2] is None else dinitial, None, None
 
 
 _causal_conv = differentiable(

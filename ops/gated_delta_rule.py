@@ -190,8 +190,9 @@ def _chunked_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
 def _chunked_backward(ctx: Any, do: Tensor | None, dstate: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
     if do is None and dstate is None:
         return (None,) * 14
-    gradients = _backward(do, dstate, *ctx.saved_tensors, *ctx.scalars)
-    return (*_input_gradients(ctx.saved_tensors, gradients), None, *(None for _ in ctx.scalars))
+    tensors = ctx.saved_tensors  # read once: checkpointing allows no more
+    gradients = _backward(do, dstate, *tensors, *ctx.scalars)
+    return (*_input_gradients(tensors, gradients), None, *(None for _ in ctx.scalars))
 
 
 _ROWS = ("q", "k", "v", "g", "beta", "initial_state")
@@ -206,10 +207,10 @@ def _recurrent_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _recurrent_backward(ctx: Any, do: Tensor | None, dstate: Tensor | None) -> tuple[Tensor | None, ...]:
     if do is None and dstate is None:
         return (None,) * 13
-    chunked = (*ctx.scalars, 64, ctx.impl)
-    _, _, g_cumsum, inverse = _chunked(*ctx.saved_tensors, *chunked)
-    gradients = _backward(do, dstate, *ctx.saved_tensors, g_cumsum, inverse, *chunked)
-    return (*_input_gradients(ctx.saved_tensors, gradients), None, None, None, None, None)
+    tensors, chunked = ctx.saved_tensors, (*ctx.scalars, 64, ctx.impl)
+    _, _, g_cumsum, inverse = _chunked(*tensors, *chunked)
+    gradients = _backward(do, dstate, *tensors, g_cumsum, inverse, *chunked)
+    return (*_input_gradients(tensors, gradients), None, None, None, None, None)
 
 
 _recurrent = differentiable(
