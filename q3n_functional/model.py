@@ -85,8 +85,8 @@ def _context(tokens_BT: Tensor, documents: Documents | None, cache: Cache | None
         return context(tokens_BT, documents, None, 0, config)
     if documents is not None:
         raise ValueError("a cache continues whole rows: documents cannot be given with it")
-    capacity = max((s.k.shape[1] for s in cache.layers if isinstance(s, KeyValues)), default=0)
-    return context(tokens_BT, None, cache.lengths_B, capacity, config)
+    capacities = [state.k.shape[1] for state in cache.layers if isinstance(state, KeyValues)]
+    return context(tokens_BT, None, cache.lengths_B, capacities[0] if capacities else 0, config)
 
 
 def _continued(cache: Cache | None, states: list[LinearState | KeyValues], length: int) -> Cache | None:
