@@ -158,13 +158,15 @@ class Decays(NamedTuple):
     pairs: Tensor
 
 
-def _decays(g_cumsum: Tensor) -> Decays:
+def _decays(g: Tensor) -> Decays:
+    # Summed in fp64: behind strong decays, the difference of two large sums would be all rounding error in fp32.
+    g_cumsum = g.cumsum(-1, dtype=torch.float64)
     lower = torch.ones(g_cumsum.shape[-1], g_cumsum.shape[-1], dtype=torch.bool, device=g_cumsum.device).tril()
     difference = g_cumsum[..., :, None] - g_cumsum[..., None, :]
     # Above the diagonal the difference is positive and its exponential may overflow.
-    pairs = difference.masked_fill(~lower, float("-inf")).exp()
+    pairs = difference.to(g.dtype).masked_fill(~lower, float("-inf")).exp()
     last = g_cumsum[..., -1:]
-    return Decays(g_cumsum.exp()[..., None], (last - g_cumsum).exp()[..., None], last.exp()[..., None], pairs)
+    return Decays(*(x.to(g.dtype).exp()[..., None] for x in (g_cumsum, last - g_cumsum, last)), pairs)
 
 
 def _inverse(x: Inputs, decays: Decays) -> Tensor:
@@ -219,8 +221,7 @@ def forward(
     """o, final state, decays summed within chunks [B, T, H], and the inverse A by rows [B, T, H, C]."""
     tokens = Inputs(*_widen((q, k, v, g, beta), cu_seqlens))
     x, chunks, _ = _prepare(tokens, A_log, dt_bias, cu_seqlens, qk_l2norm, beta_scale, chunk_size)
-    g_cumsum = x.g.cumsum(-1)
-    decays = _decays(g_cumsum)
+    decays = _decays(x.g)
     inverse = _inverse(x, decays)
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = _initial(initial_state, x.v, sequences, v.shape[2], q.shape[3], v.shape[3])
@@ -231,7 +232,7 @@ def forward(
     return (
         _scatter(o, chunks, v).to(v.dtype),
         final[:-1].clone(),
-        _scatter(g_cumsum, chunks, v).contiguous(),
+        _scatter(x.g.cumsum(-1), chunks, v).contiguous(),
         _scatter(saved, chunks, v).contiguous(),
     )
 
@@ -276,7 +277,7 @@ def backward(
     """Gradients of q, k, v, g, beta, A_log, dt_bias and the initial state; empty for those that are None."""
     tokens = Inputs(*_widen((q, k, v, g, beta), cu_seqlens))
     x, chunks, active = _prepare(tokens, A_log, dt_bias, cu_seqlens, qk_l2norm, beta_scale, chunk_size)
-    decays, A = _decays(x.g.cumsum(-1)), _gather(inverse.to(x.v.dtype), chunks)
+    decays, A = _decays(x.g), _gather(inverse.to(x.v.dtype), chunks)
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     sizes = (sequences, v.shape[2], q.shape[3], v.shape[3])
     states, W, U, _ = _scan(x, decays, A, chunks, _initial(initial_state, x.v, *sizes))
@@ -339,13 +340,18 @@ def _chunk_gradients(
     dq = dq_state + dqk @ x.k
     dk = dqk.mT @ x.q + (dkk + dkk.mT) @ x.k + dk_start + dk_end
     dbeta = (Z * W).sum(-1) + (dL * KK).sum(-1)
-    # Each pair's decay gains in its row and loses in its column; on the diagonal both cancel and are left out.
-    dpairs = (dP * QK + dL * beta * KK).tril(-1)
-    ends = (dk_end * x.k).sum(-1)
-    dG = dpairs.sum(-1) - dpairs.sum(-2) + (dq_state * x.q + dk_start * x.k).sum(-1) - ends
-    dG[..., -1] += (decays.whole * states * dstates).sum((-1, -2)) + ends.sum(-1)
-    dg = dG.flip(-1).cumsum(-1).flip(-1)
-    return Inputs(dq, dk, dW, dg, dbeta)
+    # A gate's gradient sums over what it decays: the pairs, starts and ends that it lies between. As differences of
+    # sums over G it would lose its digits where the decay is strong.
+    dpairs = _behind((dP * QK + dL * beta * KK).tril(-1)).tril().sum(-2)
+    dstart = (dq_state * x.q + dk_start * x.k).sum(-1).flip(-1).cumsum(-1).flip(-1)
+    dend = _behind((dk_end * x.k).sum(-1))
+    dwhole = (decays.whole * states * dstates).sum((-1, -2))[..., None]
+    return Inputs(dq, dk, dW, dpairs + dstart + dend + dwhole, dbeta)
+
+
+def _behind(x: Tensor) -> Tensor:
+    """The sum of the entries before each one in the last dim."""
+    return torch.nn.functional.pad(x, (1, -1)).cumsum(-1)
 
 
 def _activate_backward(
