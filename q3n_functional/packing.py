@@ -43,8 +43,10 @@ def documents(cu_seqlens: Tensor, batch: int, length: int) -> Documents:
             f"cu_seqlens must be a 1-D int32 tensor of document offsets, got {cu_seqlens.dtype} "
             f"with {cu_seqlens.ndim} dimensions"
         )
-    index = torch.arange(batch * length, dtype=torch.int32, device=cu_seqlens.device)
-    segments = torch.searchsorted(cu_seqlens[1:].contiguous(), index, right=True, out_int32=True)
+    index, ends = torch.arange(batch * length, dtype=torch.int32, device=cu_seqlens.device), cu_seqlens[1:]
+    # A token's document is the number of those that end before it. (searchsorted would do, but complains under vmap.)
+    counts = ends.new_zeros(batch * length + 1).scatter_add(0, ends.long(), torch.ones_like(ends))
+    segments = counts[:-1].cumsum(0, dtype=torch.int32)
     positions, valid = index - cu_seqlens[segments], index < cu_seqlens[-1]
     return Documents(cu_seqlens, *(x.view(batch, length) for x in (positions, segments, valid)))
 
