@@ -55,7 +55,7 @@ def _nucleus(probabilities_BV: Tensor, top_p: float) -> Tensor:
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
     """Raise ValueError for a setting out of range."""
-    if temperature < 0:
+    if not temperature >= 0:  # as written, this refuses NaN too
         raise ValueError(f"temperature must be 0 (the likeliest token) or more, got {temperature}")
     if top_k < 0:
         raise ValueError(f"top_k must be 0 (all tokens) or more, got {top_k}")
@@ -92,6 +92,8 @@ def _check_prompt(prompt: Sequence[int], max_new_tokens: int, config: Config) ->
         raise ValueError(
             f"the prompt's tokens must lie in [0, {config.vocab_size}), got {min(prompt)} to {max(prompt)}"
         )
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be 0 or more, got {max_new_tokens}")
     total = len(prompt) + max_new_tokens
     if total > config.max_position_embeddings:
         raise ValueError(

@@ -1,0 +1,265 @@
+"""Prefill and decoding with an explicit cache equal the forward pass; sampling, stopping, what is refused."""
+
+import pytest
+import torch
+import torch.utils._pytree as pytree
+
+from q3n_functional import cache as caches
+from q3n_functional.cache import Cache, KeyValues
+from q3n_functional.generate import advance, generate, sample
+from q3n_functional.model import forward, forward_cached, hidden_states
+from q3n_functional.packing import documents
+from q3n_functional.rotary import RopeParameters
+from tests.configs import perturbed, slower, small
+
+LINEAR, FULL = "linear_attention", "full_attention"
+LENGTH = 23
+
+
+def config_of(**changes):
+    return small(**{"num_hidden_layers": 2, "layer_types": (LINEAR, FULL), **changes})
+
+
+def random_tokens(*shape, seed=0):
+    return torch.randint(0, 64, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tree_of(config, dtype=torch.float32):
+    return slower(perturbed(config, dtype=dtype))
+
+
+def run(tree, tokens, cache, *cuts, config):
+    """Logits of `tokens` fed to `cache` in pieces that end at `cuts`, and the cache behind them."""
+    logits, ends = [], (*cuts, tokens.shape[1])
+    for start, end in zip((0, *cuts), ends, strict=True):
+        step, cache = forward_cached(tree, tokens[:, start:end], cache, config=config)
+        logits.append(step)
+    return torch.cat(logits, 1), cache
+
+
+def empty(config, batch=2, capacity=LENGTH, dtype=torch.float32):
+    return caches.empty(config, batch, capacity, dtype)
+
+
+def assert_near(actual, expected, relative=1e-5):
+    assert (actual - expected).abs().max() <= relative * expected.abs().max()
+
+
+VARIANTS = {
+    "as small": {},
+    "multi-query, two taps, three value heads": {
+        **{"num_key_value_heads": 1, "linear_conv_kernel_dim": 2, "linear_num_value_heads": 6},
+    },
+    "recurrent and clipped": {"linear_attention_use_recurrent": True, "linear_attention_clip_val": 0.4},
+    "only linear": {"layer_types": (LINEAR, LINEAR)},
+    "only full": {"layer_types": (FULL, FULL)},
+    "yarn": {
+        "rope_parameters": RopeParameters(
+            rope_theta=1e4, rope_type="yarn", factor=4.0, original_max_position_embeddings=16
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_split_equals_the_whole(variant):
+    """Prefill of k tokens, a continuation of m, then token by token."""
+    config = config_of(**VARIANTS[variant])
+    tree, tokens = tree_of(config), random_tokens(2, LENGTH)
+    with torch.no_grad():
+        expected = forward(tree, tokens, config=config)
+        for k in range(1, LENGTH):
+            for m in (1, 2, 3, 17):
+                cuts = (k, *range(k + m, LENGTH))
+                logits, cache = run(tree, tokens, empty(config), *cuts, config=config)
+                assert_near(logits, expected)
+                assert cache.lengths_B.tolist() == [LENGTH] * 2
+
+
+def test_splits_are_exact_in_float64():
+    config = config_of()
+    tree, tokens = tree_of(config, torch.float64), random_tokens(2, LENGTH)
+    expected = forward(tree, tokens, config=config)
+    for cuts in ((1,), (2, 3), (9, 22), tuple(range(1, LENGTH))):
+        logits, _ = run(tree, tokens, empty(config, dtype=torch.float64), *cuts, config=config)
+        assert_near(logits, expected, 1e-11)
+
+
+def test_room_that_is_not_used_changes_nothing():
+    config = config_of()
+    tree, tokens = tree_of(config), random_tokens(2, LENGTH)
+    expected, _ = run(tree, tokens, empty(config), 9, config=config)
+    cache = empty(config, capacity=LENGTH + 9)
+    poisoned = [KeyValues(*(x + 1e4 for x in s)) if isinstance(s, KeyValues) else s for s in cache.layers]
+    logits, _ = run(tree, tokens, Cache(tuple(poisoned), cache.lengths_B), 9, config=config)
+    assert_near(logits, expected)
+
+
+def test_cached_bf16_has_the_dtypes_of_its_states():
+    config = config_of()
+    tree, tokens = tree_of(config, torch.bfloat16), random_tokens(1, 9)
+    before = empty(config, 1, 9, torch.bfloat16)
+    logits, after = run(tree, tokens, before, 4, 5, config=config)
+    assert logits.dtype == torch.bfloat16
+    assert [x.dtype for x in pytree.tree_leaves(after)] == [x.dtype for x in pytree.tree_leaves(before)]
+    assert after.layers[0].recurrent.dtype == torch.float32
+    assert pytree.tree_map(lambda x: x.shape, after) == pytree.tree_map(lambda x: x.shape, before)
+
+
+@pytest.mark.parametrize("tokens_between", [1, 5])
+def test_later_steps_leave_an_old_cache_alone(tokens_between):
+    """So a cache is a snapshot: keep it to roll back, and to continue it twice."""
+    config = config_of()
+    tree, tokens = tree_of(config), random_tokens(2, LENGTH)
+    _, cache = run(tree, tokens[:, :8], empty(config), config=config)
+    kept = pytree.tree_map(torch.clone, cache)
+    other = random_tokens(2, tokens_between, seed=1)
+    _, rejected = forward_cached(tree, other, cache, config=config)
+    assert not torch.equal(rejected.layers[0].recurrent, cache.layers[0].recurrent)
+    assert all(map(torch.equal, pytree.tree_leaves(cache), pytree.tree_leaves(kept)))
+    expected, _ = run(tree, tokens[:, 8:], kept, config=config)
+    logits, _ = run(tree, tokens[:, 8:], cache, config=config)
+    assert torch.equal(logits, expected)
+    assert_near(logits, forward(tree, tokens, config=config)[:, 8:])
+
+
+ROWS = {"permuted": (2, 0, 1), "selected": (1,), "repeated": (0, 0, 1, 1, 2, 2)}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_rows_of_a_cache(case):
+    """Beams and batches are rows of every leaf."""
+    config, rows = config_of(), torch.tensor(ROWS[case])
+    tree, tokens = tree_of(config), random_tokens(3, 12)
+    _, cache = run(tree, tokens, empty(config, 3), config=config)
+    chosen = pytree.tree_map(lambda leaf: leaf[rows], cache)
+    following = random_tokens(len(rows), 6, seed=1)
+    logits, _ = run(tree, following, chosen, 3, config=config)
+    whole = torch.cat([tokens[rows], following], 1)
+    assert_near(logits, forward(tree, whole, config=config)[:, 12:])
+
+
+def test_rows_of_different_lengths():
+    """Caches of prompts of several lengths, put together, go on side by side."""
+    config = config_of()
+    tree, prompts = tree_of(config), [random_tokens(1, n, seed=n) for n in (3, 11, 6)]
+    apart = [run(tree, prompt, empty(config, 1), config=config)[1] for prompt in prompts]
+    together = pytree.tree_map(lambda *leaves: torch.cat(leaves), *apart)
+    assert together.lengths_B.tolist() == [3, 11, 6]
+    following = random_tokens(3, 7, seed=1)
+    logits, _ = run(tree, following, together, 1, 2, 5, config=config)
+    for row, prompt in enumerate(prompts):
+        whole = torch.cat([prompt, following[row : row + 1]], 1)
+        assert_near(logits[row], forward(tree, whole, config=config)[0, prompt.shape[1] :])
+
+
+def test_gradients_pass_through_the_cache():
+    config = config_of()
+    tree = pytree.tree_map(lambda leaf: leaf.requires_grad_(), tree_of(config, torch.float64))
+    part = tree._replace(mtp=())
+    tokens, cache = random_tokens(2, LENGTH), empty(config, dtype=torch.float64)
+    weights = torch.randn(2, LENGTH, 64, dtype=torch.float64)
+    results = (run(tree, tokens, cache, 9, 10, config=config)[0], forward(tree, tokens, config=config))
+    actual, expected = (torch.autograd.grad((y * weights).sum(), pytree.tree_leaves(part)) for y in results)
+    for a, b in zip(actual, expected, strict=True):
+        assert_near(a, b, 1e-9)
+
+
+def test_a_cache_takes_whole_rows():
+    config = config_of()
+    docs = documents(torch.tensor([0, 3], dtype=torch.int32), 1, 3)
+    with pytest.raises(ValueError, match="a cache continues whole rows: documents cannot be given with it"):
+        hidden_states(tree_of(config), random_tokens(1, 3), docs, empty(config, 1), config=config)
+
+
+def test_text_is_that_of_the_forward_pass():
+    config = config_of(initializer_range=0.2)
+    tree, text = tree_of(config), random_tokens(1, 5)
+    actual = list(generate(tree, text[0].tolist(), config=config, max_new_tokens=20, temperature=0))
+    for _ in range(20):
+        text = torch.cat([text, forward(tree, text, config=config)[:, -1:].argmax(-1)], 1)
+    assert actual == text[0, 5:].tolist()
+    assert len(set(actual)) > 3
+
+
+def test_advance_gives_the_logits_behind_the_last_token():
+    config = config_of()
+    tree, tokens = tree_of(config), random_tokens(2, 9)
+    logits, cache = advance(tree, tokens, empty(config), config=config)
+    assert_near(logits, forward(tree, tokens, config=config)[:, -1])
+    assert cache.lengths_B.tolist() == [9, 9]
+
+
+def draws(logits, num=4000, **options):
+    """How often each token is drawn, [V] of 1."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = sample(torch.tensor(logits).log().expand(num, -1), **{"temperature": 1.0, **options}, generator=generator)
+    return torch.bincount(tokens, minlength=len(logits)) / num
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [0.4, 0.1, 0.3, 0.2]),
+        ({"temperature": 0.5}, [16 / 30, 1 / 30, 9 / 30, 4 / 30]),
+        ({"temperature": 0}, [1, 0, 0, 0]),
+        ({"top_k": 1}, [1, 0, 0, 0]),
+        ({"top_k": 2}, [4 / 7, 0, 3 / 7, 0]),
+        ({"top_k": 9}, [0.4, 0.1, 0.3, 0.2]),
+        ({"top_p": 0.1}, [1, 0, 0, 0]),
+        ({"top_p": 0.39}, [1, 0, 0, 0]),
+        ({"top_p": 0.5}, [4 / 7, 0, 3 / 7, 0]),
+        ({"top_p": 0.85}, [4 / 9, 0, 3 / 9, 2 / 9]),
+        ({"top_p": 0.5, "top_k": 3}, [4 / 7, 0, 3 / 7, 0]),
+        ({"top_p": 0.45, "top_k": 2}, [1, 0, 0, 0]),
+        ({"top_p": 0.5, "temperature": 0.5}, [1, 0, 0, 0]),
+    ],
+)
+def test_sampling(options, expected):
+    frequencies = draws([0.4, 0.1, 0.3, 0.2], **options)
+    torch.testing.assert_close(frequencies, torch.tensor(expected, dtype=torch.float32), rtol=0, atol=0.03)
+    assert torch.equal(frequencies == 0, torch.tensor(expected) == 0)
+
+
+def test_the_seed_repeats_the_text():
+    config = config_of()
+    tree = tree_of(config)
+
+    def text(seed):
+        return list(generate(tree, [1, 2], config=config, max_new_tokens=12, seed=seed))
+
+    assert text(3) == text(3) != text(4)
+
+
+def test_stop_tokens_end_the_text():
+    config = config_of()
+    tree = tree_of(config)
+    text = list(generate(tree, [5], config=config, max_new_tokens=12, seed=1))
+    assert len(text) == 12
+    stop = text[6]
+    ended = list(generate(tree, [5], config=config, max_new_tokens=12, seed=1, stop_tokens=[stop, 10_000]))
+    assert ended == text[: text.index(stop)]
+    assert list(generate(tree, [5], config=config, max_new_tokens=0)) == []
+
+
+def test_what_is_refused():
+    config = config_of()
+    tree = tree_of(config)
+    for prompt, options, message in (
+        ([], {}, "the prompt has no tokens: give at least one"),
+        ([64], {}, r"the prompt's tokens must lie in \[0, 64\), got 64 to 64"),
+        ([3, -1], {}, r"the prompt's tokens must lie in \[0, 64\), got -1 to 3"),
+        (
+            [1],
+            {"max_new_tokens": 256},
+            "1 prompt tokens and max_new_tokens 256 make 257, above max_position_emb",
+        ),
+        ([1], {"temperature": -0.5}, r"temperature must be 0 \(the likeliest token\) or more, got -0.5"),
+        ([1], {"top_k": -1}, r"top_k must be 0 \(all tokens\) or more, got -1"),
+        ([1], {"top_p": 0.0}, r"top_p must be above 0 and at most 1 \(all tokens\), got 0.0"),
+        ([1], {"top_p": 1.5}, "top_p must be above 0 and at most 1"),
+        ([1], {"max_new_tokens": -1}, "max_new_tokens must be 0 or more, got -1"),
+        ([1], {"temperature": float("nan")}, "temperature must be .*, got nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generate(tree, prompt, **{"config": config, "max_new_tokens": 3, **options})
