@@ -1,0 +1,161 @@
+"""q3n: train, generate, convert and inspect Qwen3-Next models.
+
+  q3n train CONFIG.toml [--key value ...]   train as the TOML file says; options override its keys
+  q3n generate FOLDER PROMPT [options]      continue a text
+  q3n convert SOURCE TARGET [--dtype TYPE]  write a Hugging Face folder again, in another precision
+  q3n inspect MODEL                         the parameter tree of a folder, a config.json or a preset
+
+Each has its own --help. FOLDER is a Hugging Face folder, a checkpoint step-N, or a run with checkpoints.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from tyro.conf import Positional
+
+# Commands import what they need: help and usage errors then come without the second that torch takes to load.
+
+
+def train(arguments: Sequence[str]) -> None:
+    """Runs `q3n train`; exits with 128 + N where signal N ended it, after saving."""
+    from q3n_functional.train import Stopped
+    from q3n_functional.train import train as run
+    from q3n_functional.train_config import parse
+
+    try:
+        run(parse(arguments))
+    except Stopped as stopped:
+        logging.info("%s", stopped)
+        sys.exit(128 + stopped.number)
+
+
+def generate(
+    folder: Positional[Path],
+    prompt: Positional[str],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: tuple[str, ...] = (),
+    device: str = "auto",
+) -> None:
+    """Continues PROMPT with the model in FOLDER, and prints the text as it is written.
+
+    Args:
+        folder: a Hugging Face folder, a checkpoint step-N, or a run with checkpoints.
+        prompt: the text to continue.
+        max_new_tokens: the most tokens to write.
+        temperature: 0 takes the likeliest token each time.
+        top_k: draw among this many likeliest tokens; 0 for all.
+        top_p: draw among the fewest likeliest tokens with this much probability together.
+        seed: the same seed writes the same text.
+        stop: texts that end the writing and are not printed.
+        device: "auto" is cuda where there is one, else cpu.
+    """
+    from q3n_functional import checkpoint, tokenizer
+    from q3n_functional.generate import generate as write
+    from q3n_functional.step import pick_device
+    from q3n_functional.train_state import model_folder
+
+    found = model_folder(folder)
+    words = tokenizer.read(found / "tokenizer.json")
+    model = checkpoint.load(found, device=pick_device(device))
+    end = model.config.eos_token_id
+    ids = write(
+        model.params,
+        tokenizer.encode(words, [prompt])[0],
+        config=model.config,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop_tokens=(end,) if isinstance(end, int) else end or (),
+    )
+    print(prompt, end="")
+    for piece in tokenizer.stream(words, ids, stop):
+        print(piece, end="", flush=True)
+    print()
+
+
+def convert(
+    source: Positional[Path],
+    target: Positional[Path],
+    *,
+    dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep",
+) -> None:
+    """Writes the model in SOURCE to TARGET as a Hugging Face folder, with its tokenizer and unknown tensors.
+
+    Args:
+        source: a Hugging Face folder, a checkpoint step-N, or a run with checkpoints.
+        target: a new folder.
+        dtype: of the weights; those that are always float32 stay so.
+    """
+    import torch
+
+    from q3n_functional import checkpoint
+    from q3n_functional.train_state import model_folder
+
+    if target.exists():
+        raise ValueError(f"{target} exists: choose another target or remove it")
+    kind = None if dtype == "keep" else getattr(torch, dtype)
+    model = checkpoint.load(model_folder(source), dtype=kind)
+    checkpoint.save(target, model.params, model.config, None if kind else model.dtypes, model.extras)
+
+
+def inspect(model: Positional[str]) -> None:
+    """Prints the parameter tree of MODEL with shapes, axes, counts and bytes; loads no weights.
+
+    Args:
+        model: a folder, a config.json, or a preset such as qwen3_next_80b_a3b.
+    """
+    from q3n_functional.config import PRESETS, Config
+    from q3n_functional.summary import summary
+    from q3n_functional.train_state import model_folder
+
+    path = Path(model)
+    if model in PRESETS:
+        config = PRESETS[model]()
+    elif path.exists():
+        config = Config.from_json(path if path.is_file() else model_folder(path) / "config.json")
+    else:
+        raise ValueError(f"{model} is neither a file, a folder nor one of the presets {', '.join(sorted(PRESETS))}")
+    print(summary(config))
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"generate": generate, "convert": convert, "inspect": inspect}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; a user's mistake is one line on stderr and exit status 2."""
+    name, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or [""]
+    if name in ("", "-h", "--help"):
+        print(__doc__)
+        sys.exit(0 if name else 2)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        _run(name, rest)
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        print(f"q3n: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _run(name: str, arguments: Sequence[str]) -> None:
+    if name == "train":
+        train(arguments)
+    elif name in COMMANDS:
+        tyro.cli(COMMANDS[name], prog=f"q3n {name}", args=arguments)
+    else:
+        raise ValueError(f"there is no command {name!r}, only train, {', '.join(COMMANDS)}")

@@ -1,0 +1,119 @@
+"""What a run writes down: metrics.jsonl, TensorBoard events and loss.png; and what a step costs in arithmetic."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch.utils.tensorboard import SummaryWriter
+
+from q3n_functional.config import Config
+from q3n_functional.params import named_specs
+
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+"""Dense bf16 tensor-core peak of a card, in operations a second, from its data sheet."""
+
+
+class Log:
+    """metrics.jsonl and TensorBoard events of a run from `step` on; drops what an earlier attempt wrote beyond."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        """Opens the files in folder `run`."""
+        self.path = run / "metrics.jsonl"
+        rows = [row for row in read(self.path) if row["step"] <= step]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self._file = self.path.open("a", buffering=1)
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Notes `values` as those after `step` updates."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; none where there is no file. A last line that was cut short is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def plot(run: Path) -> Path:
+    """Draws loss.png from metrics.jsonl: the training loss, and validation in bits per byte where it was measured."""
+    rows = read(run / "metrics.jsonl")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    measured = "validation_bits_per_byte" if any("validation_bits_per_byte" in row for row in rows) else ""
+    training = "bits_per_byte" if measured else "cross_entropy"
+    validation = measured or "validation_loss"
+    for name, label, style in ((training, "training", "-"), (validation, "validation", "o-")):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        axes.plot(*zip(*points, strict=True) if points else ((), ()), style, label=label, linewidth=1, markersize=4)
+    axes.set_xlabel("step")
+    axes.set_ylabel("bits per byte" if measured else "nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path = run / "loss.png"
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def flops_per_token(config: Config, seq_len: int) -> float:
+    """Multiplications and additions that a token costs in forward and backward, as MFU counts them.
+
+    Three times the forward pass, whose operations are: 2 for every weight that the token meets in a matrix product
+    (of the experts, the share that are chosen; the embedding is only looked up); 2 H K T for the scores and values of
+    an attention layer of H heads of K over the causal half of T = `seq_len` tokens; and 6 H K V for the decay-free part
+    of the delta rule's recurrence, which reads, writes and queries a state of K x V a head. Activation checkpointing
+    recomputes more, which MFU does not count.
+    """
+    specs = named_specs(config)
+    met = {name: leaf for name, leaf in specs.items() if len(leaf.axes) > 1 and name != "embed_tokens"}
+    share = config.num_experts_per_tok / max(config.num_experts, 1)
+    weights = sum(leaf.numel * (share if "E" in leaf.axes and len(leaf.axes) == 3 else 1.0) for leaf in met.values())
+    heads = config.vocab_size * config.hidden_size * (config.tie_word_embeddings + config.num_nextn_predict_layers)
+    full = config.layer_types.count("full_attention") + config.num_nextn_predict_layers
+    linear = config.layer_types.count("linear_attention")
+    attention = full * 2 * config.num_attention_heads * config.head_dim * seq_len
+    state = config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim
+    return 3.0 * (2 * (weights + heads) + attention + linear * 6 * state)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak of a known CUDA card in bf16, else None."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for card, peak in PEAK_FLOPS.items() if card in name), None)
+
+
+class Rate:
+    """Tokens a second and, on a card whose peak is known, the model's share of it (MFU)."""
+
+    def __init__(self, tokens_per_step: int, flops_per_token: float, device: torch.device) -> None:
+        """Starts the clock."""
+        self.tokens = tokens_per_step
+        peak = peak_flops(device)
+        self.share = flops_per_token / peak if peak else 0.0
+        self.last = time.perf_counter()
+
+    def tick(self) -> dict[str, float]:
+        """Of the step since the last tick."""
+        now = time.perf_counter()
+        speed, self.last = self.tokens / (now - self.last), now
+        return {"tokens_per_s": speed} | ({"mfu": speed * self.share} if self.share else {})

@@ -1,0 +1,198 @@
+"""AdamW and Muon over a parameter tree: state in, state out, no optimizer object.
+
+AdamW is torch.optim's function: its fused kernel where the update runs eagerly, its multi-tensor form, which Inductor
+fuses with the clipping, where it is compiled. Muon is the update of torch.optim.Muon, to which a test holds it, in a
+form that takes experts as one stack: torch.optim.Muon wants each matrix by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from q3n_functional.config import Config
+from q3n_functional.params import Spec, named_specs
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """How the parameters move."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """Muon moves the hidden matrices; AdamW moves the rest of them, or everything."""
+    lr: float = 1e-3
+    """Peak learning rate. Muon's is matched to AdamW's root mean square, so one value serves both."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    momentum: float = 0.95
+    """Muon's momentum, with Nesterov's step."""
+    weight_decay: float = 0.1
+    """Decoupled, on matrices only."""
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient; inf leaves it alone."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """After the warm-up: a cosine down to the end, or a constant that falls linearly in the last decay_fraction."""
+    warmup_steps: int = 100
+    final_lr: float = 0.1
+    """Learning rate at the last step, as a fraction of lr."""
+    decay_fraction: float = 0.2
+    """The part of all steps in which wsd decays."""
+
+
+class State(NamedTuple):
+    """step: fp32 scalar, updates done. momentum: first moments by name. variance: AdamW's second moments by name."""
+
+    step: Tensor
+    momentum: dict[str, Tensor]
+    variance: dict[str, Tensor]
+
+
+class Groups(NamedTuple):
+    """Names of the parameters that are orthogonalised by Muon, that AdamW moves with decay, and without."""
+
+    muon: tuple[str, ...]
+    decayed: tuple[str, ...]
+    plain: tuple[str, ...]
+
+
+def groups(config: Config, optimizer: OptimizerConfig) -> Groups:
+    """Which parameter is moved how, read off the axes of its `Spec`."""
+    specs = named_specs(config)
+    decayed = {name for name, leaf in specs.items() if _is_matrix(leaf)}
+    hidden = {name for name in decayed if optimizer.name == "muon" and not set("V1") & set(specs[name].axes)}
+    return Groups(
+        tuple(name for name in specs if name in hidden),
+        tuple(name for name in specs if name in decayed - hidden),
+        tuple(name for name in specs if name not in decayed),
+    )
+
+
+def _is_matrix(leaf: Spec) -> bool:
+    # The taps of a depthwise convolution are a filter per channel, not a map between widths.
+    return len(leaf.axes) > 1 and "C" not in leaf.axes
+
+
+def init(params: Mapping[str, Tensor], groups: Groups) -> State:
+    """The state before the first update, for parameters by name."""
+    first = {name: torch.zeros_like(p) for name, p in params.items()}
+    second = {name: torch.zeros_like(params[name]) for name in groups.decayed + groups.plain}
+    return State(torch.zeros((), device=next(iter(params.values())).device), first, second)
+
+
+def learning_rate(step: int, steps: int, optimizer: OptimizerConfig) -> float:
+    """Learning rate of update `step` of `steps`, counted from 0."""
+    o = optimizer
+    if step < o.warmup_steps:
+        return o.lr * (step + 1) / o.warmup_steps
+    if o.schedule == "cosine":
+        done = (step + 1 - o.warmup_steps) / max(steps - o.warmup_steps, 1)
+        return o.lr * (o.final_lr + (1 - o.final_lr) * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
+    left = (steps - step - 1) / max(o.decay_fraction * steps, 1)
+    return o.lr * (o.final_lr + (1 - o.final_lr) * min(left, 1.0))
+
+
+@torch.no_grad()
+def update_(
+    params: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+    state: State,
+    lr: Tensor,
+    *,
+    groups: Groups,
+    optimizer: OptimizerConfig,
+) -> Tensor:
+    """Clips the gradients by global norm and moves `params` and `state` in place; returns the norm before clipping.
+
+    In place, because a second copy of a model rarely fits. `lr` is a scalar tensor, so that a compiled update serves
+    every step. All mappings are by parameter name.
+    """
+    norm: Tensor = torch.nn.utils.get_total_norm(list(gradients.values()))
+    scale = (optimizer.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+    clipped = {name: g * scale.to(g.device) for name, g in gradients.items()}
+    _adamw_(groups.decayed, params, clipped, state, lr, optimizer.weight_decay, optimizer)
+    _adamw_(groups.plain, params, clipped, state, lr, 0.0, optimizer)
+    for name in groups.muon:
+        _muon_(params[name], clipped[name], state.momentum[name], lr, optimizer)
+    state.step.add_(1)
+    return norm
+
+
+def _adamw_(
+    names: tuple[str, ...],
+    params: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+    state: State,
+    lr: Tensor,
+    weight_decay: float,
+    optimizer: OptimizerConfig,
+) -> None:
+    compiled = torch.compiler.is_compiling()
+    adamw(
+        [params[name] for name in names],
+        [gradients[name] for name in names],
+        [state.momentum[name] for name in names],
+        [state.variance[name] for name in names],
+        [],
+        # It counts a step for every tensor; ours is one number.
+        list(state.step.expand(len(names)).clone()),
+        fused=not compiled,
+        foreach=compiled,
+        capturable=compiled,
+        amsgrad=False,
+        beta1=optimizer.beta1,
+        beta2=optimizer.beta2,
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=optimizer.eps,
+        maximize=False,
+    )
+
+
+def _muon_(p: Tensor, g: Tensor, momentum: Tensor, lr: Tensor, optimizer: OptimizerConfig) -> None:
+    momentum.lerp_(g, 1 - optimizer.momentum)
+    direction = orthogonalised(g.lerp(momentum, optimizer.momentum))
+    # Gives the update the root mean square of AdamW's (Liu et al. 2025, "Muon is scalable for LLM training").
+    rms = 0.2 * math.sqrt(max(p.shape[-2:]))
+    p.mul_(1 - lr * optimizer.weight_decay).sub_(direction * (lr * rms))
+
+
+def orthogonalised(x: Tensor) -> Tensor:
+    """The orthogonal factor of each matrix of [..., M, N], roughly: five quintic Newton-Schulz steps in bf16.
+
+    Singular values end between 0.7 and 1.2 rather than at 1, which serves as well (Jordan et al. 2024, "Muon").
+    """
+    wide = x.shape[-2] <= x.shape[-1]
+    y = (x if wide else x.mT).bfloat16().reshape(-1, *sorted(x.shape[-2:]))
+    y = y / y.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = y @ y.mT
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), y, beta=3.4445)
+    return (y if wide else y.mT).reshape(x.shape).to(x.dtype)
+
+
+def to_tensors(state: State) -> dict[str, Tensor]:
+    """The state as one flat dictionary, for a safetensors file."""
+    moments = {f"{kind}.{name}": t for kind in ("momentum", "variance") for name, t in getattr(state, kind).items()}
+    return {"step": state.step, **moments}
+
+
+def from_tensors(tensors: Mapping[str, Tensor], like: State) -> State:
+    """The state that `to_tensors` wrote; ValueError, naming the tensor, where it is not one for `like`'s model."""
+    wanted = to_tensors(like)
+    for name in sorted(wanted.keys() ^ tensors.keys()):
+        raise ValueError(f"the optimizer state {'lacks' if name in wanted else 'has an unknown'} tensor {name}")
+    for name, tensor in wanted.items():
+        if tensors[name].shape != tensor.shape:
+            raise ValueError(f"optimizer state {name} is {list(tensors[name].shape)}, not {list(tensor.shape)}")
+    return State(
+        tensors["step"],
+        {name: tensors[f"momentum.{name}"] for name in like.momentum},
+        {name: tensors[f"variance.{name}"] for name in like.variance},
+    )

@@ -1,0 +1,112 @@
+"""The pieces of a training step: the loss of a micro-batch, exact sums over micro-batches, and what gets compiled."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from q3n_functional import model, optim, packing
+from q3n_functional.config import Config
+from q3n_functional.data import Batch
+from q3n_functional.params import Parameters, named_leaves, spec
+from q3n_functional.train_config import TrainConfig
+
+logger = logging.getLogger(__name__)
+
+Loss = Callable[[Parameters, Tensor, Tensor | None, Tensor], tuple[Tensor, model.Metrics]]
+Update = Callable[[dict[str, Tensor], dict[str, Tensor], optim.State, Tensor], Tensor]
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is cuda where there is one, else cpu."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def missing_compiler(device: torch.device) -> str | None:
+    """Why torch.compile cannot work here, or None: Inductor needs a C++ compiler on the CPU, Triton a C compiler."""
+    if device.type == "cuda":
+        candidates, variable = [os.environ.get("CC", ""), "gcc", "clang"], "CC"
+    else:
+        candidates, variable = [os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")], "CXX"
+    if any(shutil.which(candidate) for candidate in candidates if candidate):
+        return None
+    return f"no compiler ({' or '.join(filter(None, candidates))} is not there; install one or set ${variable})"
+
+
+def make_loss(config: TrainConfig, shape: Config) -> Loss:
+    """The loss of a micro-batch as a function of fp32 parameters, tokens, cu_seqlens and the targets to divide by."""
+    compute = getattr(torch, config.dtype)
+    dtypes = [leaf.dtype or compute for leaf in pytree.tree_leaves(spec(shape))]
+
+    def loss(
+        params: Parameters, tokens_BT: Tensor, cu_seqlens: Tensor | None, num_targets: Tensor
+    ) -> tuple[Tensor, model.Metrics]:
+        leaves, tree = pytree.tree_flatten(params)
+        cast_params = pytree.tree_unflatten([p.to(d) for p, d in zip(leaves, dtypes, strict=True)], tree)
+        return model.loss(
+            cast_params,
+            tokens_BT,
+            _documents(tokens_BT, cu_seqlens),
+            num_targets=num_targets,
+            config=shape,
+            z_loss_coef=config.z_loss_coef,
+            checkpoint_layers=config.checkpoint_layers,
+        )
+
+    return loss
+
+
+def _documents(tokens_BT: Tensor, cu_seqlens: Tensor | None) -> packing.Documents | None:
+    return None if cu_seqlens is None else packing.documents(cu_seqlens, *tokens_BT.shape)
+
+
+def functions(config: TrainConfig, shape: Config, device: torch.device) -> tuple[Loss, Update]:
+    """The two functions of a step for a model of `shape`, compiled where that is possible and pays."""
+    loss = make_loss(config, shape)
+    update: Update = partial(optim.update_, groups=optim.groups(shape, config.optimizer), optimizer=config.optimizer)
+    reason = missing_compiler(device) if config.compile else "compile is false"
+    if reason:
+        logger.info("running eagerly: %s", reason)
+        return loss, update
+    compile_ = partial(torch.compile, fullgraph=True, dynamic=False)
+    # On the CPU torch's fused AdamW is one kernel as it is; compiled it takes 25 s to build and is slower.
+    return compile_(loss), update if device.type == "cpu" else compile_(update)
+
+
+def gradients(
+    loss: Loss, params: Parameters, batches: Sequence[Batch]
+) -> tuple[dict[str, Tensor], Tensor, model.Metrics]:
+    """Gradients by name, loss and metrics of `batches` as if they were one; leaves of `params` must require grad."""
+    leaves = named_leaves(params)
+    counts = torch.stack([count(batch) for batch in batches]).sum(0)
+    sums: list[Tensor] = []
+    parts: list[tuple[Tensor, ...]] = []
+    for batch in batches:
+        value, metrics_ = loss(params, *batch, counts)
+        new = torch.autograd.grad(value, list(leaves.values()))
+        sums = list(new) if not sums else [a.add_(b) for a, b in zip(sums, new, strict=True)]
+        parts.append((value.detach(), *metrics_))
+    total, *rest = torch.stack([torch.stack(part) for part in parts]).sum(0)
+    return dict(zip(leaves, sums, strict=True)), total, model.Metrics(*rest)
+
+
+def count(batch: Batch) -> Tensor:
+    """fp32 [2]: the batch's targets of the head and of the prediction module."""
+    return model.count_targets(batch.tokens_BT, _documents(*batch))
+
+
+def validate(loss: Loss, params: Parameters, batches: Iterable[Batch]) -> float:
+    """Mean cross-entropy over all targets of `batches`, in nats."""
+    sums = torch.zeros(2, dtype=torch.float64)
+    for batch in batches:
+        _, parts = loss(params, *batch, count(batch))
+        sums += torch.stack([parts.cross_entropy * parts.num_targets, parts.num_targets]).cpu()
+    return float(sums[0] / sums[1])

@@ -1,0 +1,82 @@
+"""Tokenizers: a tokenizer.json, plain bytes, or a byte-level BPE trained on the corpus itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+END = "<|endoftext|>"
+"""The token written after a document, where the tokenizer knows it; Qwen's own tokenizers do."""
+
+BYTES = 257
+"""Size of the smallest vocabulary that spells any text: 256 bytes and `END`."""
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of at most `vocab_size` tokens, so that any text survives encode and decode.
+
+    With no texts, or `vocab_size` of `BYTES`, a token is a byte. Raises ValueError for a smaller size.
+    """
+    if vocab_size < BYTES:
+        raise ValueError(f"vocab_size is {vocab_size}, a byte-level tokenizer needs at least {BYTES}: raise it")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[END],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def make(name: str, texts: Callable[[], Iterable[str]], vocab_size: int) -> Tokenizer:
+    """The tokenizer called `name`: "byte", "bpe" (trained on `texts()`), or the path of a tokenizer.json."""
+    if name == "byte":
+        return train_bpe([], BYTES)
+    return train_bpe(texts(), vocab_size) if name == "bpe" else read(Path(name))
+
+
+def read(path: Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json. Raises ValueError, naming the file, where it is none."""
+    if not path.is_file():
+        raise ValueError(f"tokenizer {path} does not exist: give 'byte', 'bpe' or the path of a tokenizer.json")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exceptions
+        raise ValueError(f"{path} is not a tokenizer.json of the tokenizers library: {error}") from error
+
+
+def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text. A special token that is spelt out in a text is text, not a token."""
+    tokenizer.encode_special_tokens = True
+    return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def num_bytes(tokenizer: Tokenizer, ids: NDArray[np.integer]) -> int:
+    """UTF-8 bytes that `ids` spell; special tokens spell nothing."""
+    block = 1 << 20  # bounds the memory that a long text takes as Python integers
+    texts = (tokenizer.decode(ids[i : i + block].tolist()) for i in range(0, len(ids), block))
+    return sum(len(text.encode()) for text in texts)
+
+
+def stream(tokenizer: Tokenizer, ids: Iterable[int], stop: Sequence[str] = ()) -> Iterator[str]:
+    """The text of `ids`, piece by piece as it is certain, up to the first of the `stop` strings."""
+    decoder = decoders.DecodeStream(skip_special_tokens=True)
+    held, longest = "", max(map(len, stop), default=0)
+    for i in ids:
+        held += decoder.step(tokenizer, i) or ""
+        if ends := [held.index(s) for s in stop if s in held]:
+            yield held[: min(ends)]
+            return
+        # Its end could be the beginning of a stop string.
+        certain = max(len(held) - longest + 1, 0) if longest else len(held)
+        yield held[:certain]
+        held = held[certain:]
+    yield held

@@ -1,0 +1,202 @@
+"""What a run is made of: the keys of its TOML file, each of which the command line can override."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import tyro
+
+from q3n_functional.config import PRESETS, Config
+from q3n_functional.optim import OptimizerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the tokens come from."""
+
+    source: str
+    """A .txt file, a .jsonl file with a "text" a line, or an .npy file of token ids."""
+    tokenizer: str = "bpe"
+    """"bpe", trained on the source to model.vocab_size; "byte"; the path of a tokenizer.json; or, with .npy, "none"."""
+    validation_fraction: float = 0.1
+    """The last part of the source, which is kept out of training; 0 for no validation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """What the model writes when the training is over."""
+
+    prompt: str = "\n"
+    max_new_tokens: int = 0
+    """0 for no sample."""
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 0.95
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """What is measured and kept on the way; free to change when a run is resumed."""
+
+    validate_every: int = 100
+    """Steps between validations; 0 for one at the end."""
+    validation_batches: int = 100
+    """The most batches that a validation reads."""
+    save_every: int = 1000
+    """Steps between checkpoints; 0 for one at the end."""
+    keep: int = 2
+    """How many checkpoints stay, the newest ones."""
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Trains a model from a TOML file of these options."""
+
+    run: str
+    """The folder for checkpoints, metrics and pictures."""
+    preset: str = "tiny"
+    """The model: a preset's name or the path of a config.json; the options under model change it."""
+    init_from: str = ""
+    """A Hugging Face folder to continue from; it brings its own config.json."""
+    resume: bool = False
+    """Go on from the run's newest checkpoint, if it has one."""
+    steps: int
+    batch_size: int
+    """Rows of one micro-batch."""
+    accumulate: int = 1
+    """Micro-batches of one step."""
+    seq_len: int
+    seed: int = 0
+    """Of the initial weights and of the order of the batches."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What is computed in; parameters and optimizer state are always float32."""
+    device: str = "auto"
+    """"auto" is cuda where there is one, else cpu."""
+    compile: bool = True
+    """Compile the step where there is a compiler."""
+    checkpoint_layers: bool = False
+    """Keep only each layer's input for the backward pass, and compute the layer again there."""
+    z_loss_coef: float = 0.0
+    data: DataConfig
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+    model: Config
+
+
+FREE_ON_RESUME = ("run", "resume", "device", "compile", "output")
+"""Keys that a resumed run may change, because the training does not depend on them."""
+
+
+def parse(arguments: Sequence[str], prog: str = "q3n train") -> TrainConfig:
+    """The configuration of `[CONFIG.toml] [--key value ...]`; later values win.
+
+    Raises ValueError for a TOML file with an unknown key, naming the nearest known one, and for values out of range;
+    a bad option or a value of the wrong type ends in tyro's usage message and exit status 2.
+    """
+    arguments = list(arguments)
+    if arguments and not arguments[0].startswith("-"):
+        arguments = [*_toml_arguments(Path(arguments[0])), *arguments[1:]]
+    base = _base_model(arguments, prog)
+    data = DataConfig(source=tyro.MISSING)
+    default = TrainConfig(run=tyro.MISSING, steps=tyro.MISSING, batch_size=tyro.MISSING, seq_len=tyro.MISSING,
+                          data=data, model=base)  # fmt: skip
+    config = tyro.cli(TrainConfig, default=default, args=arguments, prog=f"{prog} CONFIG.toml")
+    _check(config)
+    return config
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Base:
+    preset: str = "tiny"
+    init_from: str = ""
+
+
+def _base_model(arguments: Sequence[str], prog: str) -> Config:
+    """The model that `preset` or `init_from` names: its values are the defaults of the options under model."""
+    named = [a for a in arguments if a not in ("-h", "--help")]
+    base, _ = tyro.cli(_Base, args=named, prog=prog, return_unknown_args=True)
+    if base.init_from:
+        return Config.from_json(Path(base.init_from) / "config.json")
+    if base.preset in PRESETS:
+        return PRESETS[base.preset]()
+    if not Path(base.preset).is_file():
+        raise ValueError(f"preset is {base.preset!r}: neither a file nor one of {', '.join(sorted(PRESETS))}")
+    return Config.from_json(Path(base.preset))
+
+
+def _toml_arguments(path: Path) -> list[str]:
+    try:
+        table = tomllib.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} does not exist: the first argument is the run's TOML file") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not TOML: {error}") from error
+    _check_keys(table, TrainConfig, path)
+    return [argument for key, value in _flat(table) for argument in _option(key, value)]
+
+
+def _check_keys(table: Mapping[str, Any], kind: type, path: Path, prefix: str = "") -> None:
+    known = get_type_hints(kind)
+    for key, value in table.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            remedy = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(sorted(known))}"
+            raise ValueError(f"{path}: unknown key {prefix}{key}: {remedy}")
+        if is_dataclass(known[key]) != isinstance(value, Mapping):
+            wanted = "a table" if is_dataclass(known[key]) else "a value"
+            raise ValueError(f"{path}: {prefix}{key} is {value!r}, it must be {wanted}")
+        if isinstance(value, Mapping):
+            _check_keys(value, known[key], path, f"{prefix}{key}.")
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _option(key: str, value: object) -> list[str]:
+    if isinstance(value, bool):
+        parent, _, name = key.rpartition(".")
+        return [f"--{parent}{'.' * bool(parent)}{'' if value else 'no-'}{name}"]
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    return [f"--{key}={value}"]
+
+
+def _check(c: TrainConfig) -> None:
+    least = {"steps": 1, "batch_size": 1, "accumulate": 1, "seq_len": 2, "output.keep": 1, "output.validate_every": 0,
+             "output.save_every": 0, "output.validation_batches": 1, "seed": 0}  # fmt: skip
+    values = flatten(c)
+    for name, low in least.items():
+        if values[name] < low:
+            raise ValueError(f"{name} is {values[name]}, it must be at least {low}")
+    if not 0 <= c.data.validation_fraction < 1:
+        raise ValueError(f"data.validation_fraction is {c.data.validation_fraction}, it must be in [0, 1)")
+    if c.seed >= 1 << 32:
+        raise ValueError(f"seed is {c.seed}, it must be below 2**32")
+
+
+def flatten(config: TrainConfig) -> dict[str, Any]:
+    """Dotted name to value, as JSON would give them back."""
+    return dict(_flat(json.loads(json.dumps(dataclasses.asdict(config)))))
+
+
+def difference(saved: Mapping[str, Any], config: TrainConfig) -> str | None:
+    """What keeps a run saved under `saved` (of `flatten`) from going on under `config`, or None."""
+    now = flatten(config)
+    for name in sorted(saved.keys() | now.keys()):
+        if name.split(".")[0] not in FREE_ON_RESUME and saved.get(name) != now.get(name):
+            return f"{name} was {saved.get(name)!r} and is now {now.get(name)!r}"
+    return None
