@@ -69,7 +69,7 @@ def test_every_split_equals_the_whole(variant):
     with torch.no_grad():
         expected = forward(tree, tokens, config=config)
         for k in range(1, LENGTH):
-            for m in (1, 2, 3, 17):
+            for m in (1, 3, 17):
                 cuts = (k, *range(k + m, LENGTH))
                 logits, cache = run(tree, tokens, empty(config), *cuts, config=config)
                 assert_near(logits, expected)
