@@ -49,8 +49,9 @@ def reader(corpus: Corpus, rows: int, length: int, name: str) -> Reader:
 
 def _most_starts(starts: NDArray[np.int64], length: int) -> int:
     """The most documents that begin inside one window, its first token aside, wherever the window lies."""
-    # The fullest window begins one token before some document.
-    return int((np.searchsorted(starts, starts + length - 1) - np.arange(len(starts))).max())
+    # The fullest window begins one token before some document, which cannot be the first.
+    inner = starts[1:]
+    return int((np.searchsorted(inner, inner + length - 1) - np.arange(len(inner))).max(initial=0))
 
 
 def batch(reader: Reader, index: int, seed: int) -> Batch:
