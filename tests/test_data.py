@@ -63,7 +63,7 @@ def test_tokenizer_mistakes_are_named(tmp_path):
     bad.write_text("{}")
     with pytest.raises(ValueError, match=r"bad\.json is not a tokenizer\.json"):
         tokenizer.read(bad)
-    with pytest.raises(ValueError, match="vocab_size is 200.*at least 257"):
+    with pytest.raises(ValueError, match=r"vocab_size is 200.*at least 257"):
         tokenizer.train_bpe([], 200)
 
 
