@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from q3n_functional.ops.registration import Impl, Outputs, define, differentiable, gradient
+from q3n_functional.ops.registration import Impl, Outputs, define, differentiable, gradient, wide
 
 
 def grouped_swiglu(
@@ -32,8 +32,9 @@ def grouped_swiglu(
         )
     if ends_E.shape != gate_EFD.shape[:1] or ends_E.dtype != torch.int32:
         raise ValueError(f"ends must be int32 [{gate_EFD.shape[0]}], got {ends_E.dtype} {tuple(ends_E.shape)}")
-    if len({t.dtype for t in (x_MD, gate_EFD, up_EFD, down_EDF)}) > 1:
-        raise ValueError(f"x and the experts must share a dtype, got {x_MD.dtype} and {gate_EFD.dtype}")
+    dtypes = [t.dtype for t in (x_MD, gate_EFD, up_EFD, down_EDF)]
+    if len(set(dtypes)) > 1:
+        raise ValueError(f"x, gate, up and down must share a dtype, got {', '.join(map(str, dtypes))}")
     y: Tensor = _grouped_swiglu(x_MD, ends_E, gate_EFD, up_EFD, down_EDF, impl)
     return y
 
@@ -55,12 +56,13 @@ def _forward(x: Tensor, ends: Tensor, gate: Tensor, up: Tensor, down: Tensor) ->
 def _backward(dy: Tensor, x: Tensor, ends: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Outputs:
     dx, (dgate, dup, ddown) = x.new_empty(x.shape), (torch.zeros_like(w) for w in (gate, up, down))
     for e, rows in _groups(ends):
-        a, b = x[rows] @ gate[e].mT, x[rows] @ up[e].mT
-        dh, sigmoid = dy[rows] @ down[e], torch.sigmoid(a)
-        da = dh * b * sigmoid * (1 + a * (1 - sigmoid))
-        db = dh * a * sigmoid
+        products = (x[rows] @ gate[e].mT, x[rows] @ up[e].mT, dy[rows] @ down[e])
+        a, b, dh = (y.to(wide(x.dtype)) for y in products)
+        sigmoid = torch.sigmoid(a)
+        results = (dh * b * sigmoid * (1 + a * (1 - sigmoid)), dh * a * sigmoid, a * sigmoid * b)
+        da, db, h = (y.to(x.dtype) for y in results)
         dx[rows] = da @ gate[e] + db @ up[e]
-        dgate[e], dup[e], ddown[e] = da.mT @ x[rows], db.mT @ x[rows], dy[rows].mT @ (a * sigmoid * b)
+        dgate[e], dup[e], ddown[e] = da.mT @ x[rows], db.mT @ x[rows], dy[rows].mT @ h
     return dx, dgate, dup, ddown
 
 

@@ -366,7 +366,7 @@ def _activate_backward(
     if qk_l2norm:
         d = d._replace(q=_l2norm_backward(d.q, tokens.q, active.q), k=_l2norm_backward(d.k, tokens.k, active.k))
     if beta_scale:
-        d = d._replace(beta=d.beta * active.beta * (1 - active.beta / beta_scale))
+        d = d._replace(beta=d.beta * active.beta * torch.sigmoid(-tokens.beta))
     if A_log is None or dt_bias is None:
         return d, None, None
     rate = -A_log.to(d.g.dtype).exp() * torch.sigmoid(tokens.g + dt_bias.to(d.g.dtype))
