@@ -1,0 +1,179 @@
+"""Optimizers against torch.optim's classes, schedules, and the state on disk."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch.optim import AdamW, Muon
+
+from q3n_functional import optim, params
+from q3n_functional.optim import OptimizerConfig
+from tests.configs import small
+
+CONFIG = small(num_hidden_layers=2, layer_types=("linear_attention", "full_attention"), num_nextn_predict_layers=0)
+
+
+def tree(seed=0):
+    return params.named_leaves(params.init(CONFIG, seed))
+
+
+def gradients(seed, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return {name: scale * torch.randn(p.shape, generator=generator) for name, p in tree().items()}
+
+
+def moved(optimizer, steps=3, scale=1.0, update=optim.update_):
+    groups, leaves = optim.groups(CONFIG, optimizer), tree()
+    state = optim.init(leaves, groups)
+    for step in range(steps):
+        lr = torch.tensor(optimizer.lr / (step + 1))
+        norm = update(leaves, gradients(step, scale), state, lr, groups=groups, optimizer=optimizer)
+    return leaves, state, norm
+
+
+def stack(p):
+    """A matrix, or experts, as [E, M, N]."""
+    return p.reshape(-1, *p.shape[-2:])
+
+
+def reference(optimizer, steps=3, scale=1.0):
+    """torch.optim's classes on the same gradients, experts as one matrix each."""
+    groups, leaves = optim.groups(CONFIG, optimizer), tree()
+    matrices = {
+        n: [m.clone().requires_grad_() for m in leaves[n].reshape(-1, *leaves[n].shape[-2:])] for n in groups.muon
+    }
+    own = {n: leaves[n].clone().requires_grad_() for n in groups.decayed + groups.plain}
+    o = optimizer
+    adamw = AdamW(
+        [
+            {"params": [own[n] for n in groups.decayed], "weight_decay": o.weight_decay},
+            {"params": [own[n] for n in groups.plain], "weight_decay": 0.0},
+        ],
+        betas=(o.beta1, o.beta2),
+        eps=o.eps,
+    )
+    every = [m for ms in matrices.values() for m in ms]
+    muon = (
+        Muon(every, weight_decay=o.weight_decay, momentum=o.momentum, adjust_lr_fn="match_rms_adamw") if every else None
+    )
+    for step in range(steps):
+        new = gradients(step, scale)
+        for n, p in own.items():
+            p.grad = new[n]
+        for n, ms in matrices.items():
+            for m, g in zip(ms, stack(new[n]), strict=True):
+                m.grad = g.clone()
+        torch.nn.utils.clip_grad_norm_([*own.values(), *every], o.clip_norm)
+        for which in filter(None, (adamw, muon)):
+            for group in which.param_groups:
+                group["lr"] = o.lr / (step + 1)
+            which.step()
+    return {n: own[n] if n in own else torch.stack(matrices[n]).view(leaves[n].shape) for n in leaves}
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_updates_are_those_of_torch_optim(name, scale):
+    optimizer = OptimizerConfig(name=name, lr=1e-2, clip_norm=0.5)
+    ours, _, _ = moved(optimizer, scale=scale)
+    theirs = reference(optimizer, scale=scale)
+    for leaf, before in tree().items():
+        moves = (theirs[leaf] - before).abs().max()
+        assert moves > 1e-4, leaf
+        # Muon orthogonalises in bf16, so the last bits of a batched product can show: 1/256 each.
+        tolerance = 0.02 * moves if name == "muon" else 1e-6
+        assert (ours[leaf] - theirs[leaf]).abs().max() <= tolerance, leaf
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_compiled_update_is_the_eager_one(name):
+    optimizer = OptimizerConfig(name=name, lr=1e-2)
+    torch.compiler.reset()
+    compiled = torch.compile(optim.update_, fullgraph=True, dynamic=False, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        ours, state, norm = moved(optimizer, update=compiled)
+    expected, expected_state, expected_norm = moved(optimizer)
+    torch.testing.assert_close(norm, expected_norm)
+    for leaf in expected:
+        torch.testing.assert_close(ours[leaf], expected[leaf], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(state.momentum[leaf], expected_state.momentum[leaf])
+
+
+def test_clipping_is_by_the_global_norm():
+    _, _, norm = moved(OptimizerConfig(), steps=1)
+    assert norm.item() == pytest.approx(
+        math.sqrt(sum(g.square().sum().item() for g in gradients(0).values())), rel=1e-5
+    )
+    # AdamW's momentum after one step is (1 - beta1) times the clipped gradient.
+    for clip, expected in ((0.5, 0.5), (math.inf, norm.item())):
+        _, state, _ = moved(OptimizerConfig(clip_norm=clip), steps=1)
+        total = math.sqrt(sum(m.square().sum().item() for m in state.momentum.values())) / 0.1
+        assert total == pytest.approx(expected, rel=1e-4)
+
+
+def test_groups_follow_the_axes():
+    adamw, muon = (optim.groups(CONFIG, OptimizerConfig(name=name)) for name in ("adamw", "muon"))
+    assert adamw.muon == ()
+    assert set(adamw.decayed) == set(muon.decayed + muon.muon)
+    assert {n.split(".")[-1] for n in muon.decayed} == {"embed_tokens", "lm_head", "shared_expert_gate"}
+    names = {n.split(".")[-1] for n in adamw.plain}
+    assert {"A_log", "dt_bias", "norm", "q_norm", "input_layernorm", "conv_q"} <= names
+    assert not names & {"q", "router", "gate", "out", "embed_tokens"}
+    assert sorted(muon.muon + muon.decayed + muon.plain) == sorted(tree())
+
+
+def test_decay_alone_shrinks_matrices_only():
+    optimizer = OptimizerConfig(name="muon", lr=0.1, weight_decay=0.5)
+    groups, leaves = optim.groups(CONFIG, optimizer), tree()
+    zeros = {n: torch.zeros_like(p) for n, p in leaves.items()}
+    optim.update_(leaves, zeros, optim.init(leaves, groups), torch.tensor(0.1), groups=groups, optimizer=optimizer)
+    for name, before in tree().items():
+        torch.testing.assert_close(leaves[name], before * (1.0 if name in groups.plain else 0.95))
+
+
+def test_orthogonalised_matrices_have_singular_values_near_one():
+    x = torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(0))
+    for matrix in (x, x.mT):
+        values = torch.linalg.svdvals(optim.orthogonalised(matrix))
+        assert 0.6 < values.min() < values.max() < 1.3
+
+
+def test_warm_up_then_cosine():
+    rate = partial(optim.learning_rate, steps=110, optimizer=OptimizerConfig(lr=2.0, warmup_steps=10, final_lr=0.1))
+    assert [rate(step) for step in (0, 4, 9)] == pytest.approx([0.2, 1.0, 2.0])
+    assert rate(59) == pytest.approx(2.0 * 0.55)
+    assert rate(109) == pytest.approx(0.2)
+    assert all(rate(step) >= rate(step + 1) for step in range(9, 109))
+
+
+def test_warm_up_then_constant_then_linear():
+    optimizer = OptimizerConfig(lr=2.0, warmup_steps=10, schedule="wsd", decay_fraction=0.2, final_lr=0.0)
+    rate = partial(optim.learning_rate, steps=100, optimizer=optimizer)
+    assert rate(9) == rate(50) == rate(79) == 2.0
+    assert rate(89) == pytest.approx(1.0)
+    assert rate(99) == 0.0
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_state_goes_through_tensors_bit_by_bit(name):
+    optimizer = OptimizerConfig(name=name)
+    leaves, state, _ = moved(optimizer)
+    groups = optim.groups(CONFIG, optimizer)
+    again = optim.from_tensors(optim.to_tensors(state), optim.init(leaves, groups))
+    assert again.step.item() == 3
+    for kind in ("momentum", "variance"):
+        assert list(getattr(again, kind)) == list(getattr(state, kind))
+        assert all(torch.equal(t, getattr(state, kind)[n]) for n, t in getattr(again, kind).items())
+    assert set(state.variance) == set(groups.decayed + groups.plain)
+
+
+def test_a_state_of_another_model_is_refused():
+    leaves, state, _ = moved(OptimizerConfig(), steps=1)
+    like, tensors = optim.init(leaves, optim.groups(CONFIG, OptimizerConfig())), optim.to_tensors(state)
+    with pytest.raises(ValueError, match=r"lacks tensor variance\.norm"):
+        optim.from_tensors({n: t for n, t in tensors.items() if n != "variance.norm"}, like)
+    with pytest.raises(ValueError, match=r"unknown tensor momentum\.nothing"):
+        optim.from_tensors({**tensors, "momentum.nothing": torch.zeros(())}, like)
+    with pytest.raises(ValueError, match=r"momentum\.norm is \[3\], not \[32\]"):
+        optim.from_tensors({**tensors, "momentum.norm": torch.zeros(3)}, like)
