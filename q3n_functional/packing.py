@@ -58,7 +58,7 @@ def documents_from_mask(mask_BT: Tensor) -> Documents:
     between true ones is a token of the document that carries no loss. A row without any true entry is all padding.
     """
     batch, length = mask_BT.shape
-    kept = mask_BT.to(torch.int32)
+    kept = (mask_BT != 0).to(torch.int32)
     any_row = kept.amax(1)
     first = kept.argmax(1) * any_row
     end = (length - kept.flip(1).argmax(1)) * any_row
