@@ -28,7 +28,10 @@ from q3n_functional.ops import (
 
 
 class Case(NamedTuple):
-    """`call(*inputs, where=where)` gives the outputs; `inputs` is all that it is differentiable in."""
+    """`call(*inputs, where=where)` gives the outputs; `inputs` is all that it is differentiable in.
+
+    `call` takes the op's `impl` too.
+    """
 
     call: Callable[..., Sequence[torch.Tensor]]
     inputs: list[torch.Tensor]
@@ -49,8 +52,8 @@ def conv_case(extent, dtype, packed=False, state=True):
     inputs = [random(rows, extent, 3, dtype=dtype, seed=0), random(3, 4, dtype=dtype, seed=1)]
     inputs += [random(sequences, 3, 3, dtype=dtype, seed=2)] if state else []
 
-    def call(x, weight, *state, where):
-        return causal_conv(x, weight, *(state or [None]), where)
+    def call(x, weight, *state, where, **impl):
+        return causal_conv(x, weight, *(state or [None]), where, **impl)
 
     return Case(call, inputs, documents(extent) if packed else None)
 
@@ -63,11 +66,13 @@ def delta_case(extent, dtype, packed=False, options=True, op=gated_delta_rule):
     chunk = {"chunk_size": 4} if op is gated_delta_rule else {}
     where = documents(extent) if packed else None
     if not options:
-        return Case(lambda *x, where: op(*x, None, where, **chunk), [q, k, v, -g.abs(), beta.sigmoid()], where)
+        return Case(
+            lambda *x, where, **impl: op(*x, None, where, **chunk, **impl), [q, k, v, -g.abs(), beta.sigmoid()], where
+        )
 
-    def call(q, k, v, g, beta, state, A_log, dt_bias, *, where):
+    def call(q, k, v, g, beta, state, A_log, dt_bias, *, where, **impl):
         gates = {"A_log": A_log, "dt_bias": dt_bias, "beta_scale": 2.0}
-        return op(q, k, v, g, beta, state, where, scale=0.7, qk_l2norm=True, **gates, **chunk)
+        return op(q, k, v, g, beta, state, where, scale=0.7, qk_l2norm=True, **gates, **chunk, **impl)
 
     state, A_log, dt_bias = (
         random(sequences, 2, 3, 2, dtype=wide, seed=5),
@@ -83,17 +88,22 @@ def recurrent_case(extent, dtype, packed=False):
 def norm_case(extent, dtype, shape=(2,), width=3):
     inputs = [random(*shape, extent, width, dtype=dtype, seed=s) for s in (0, 1)]
     weight = random(width, dtype=registration.wide(dtype), seed=2)
-    return Case(lambda *x, where: (rms_norm_gated(*x),), [*inputs, weight])
+    return Case(lambda *x, where, **impl: (rms_norm_gated(*x, **impl),), [*inputs, weight])
 
 
 def norm_vector_case(extent, dtype):
-    return Case(lambda *x, where: (rms_norm_gated(*x),), [random(extent, dtype=dtype, seed=s) for s in (0, 1, 2)])
+    inputs = [random(extent, dtype=dtype, seed=s) for s in (0, 1, 2)]
+    return Case(lambda *x, where, **impl: (rms_norm_gated(*x, **impl),), inputs)
 
 
 def swiglu_case(extent, dtype):
     shapes = [(extent, 3), (3, 2, 3), (3, 2, 3), (3, 3, 2)]
     inputs = [random(*shape, dtype=dtype, seed=seed) for seed, shape in enumerate(shapes)]
-    return Case(lambda x, *w, where: (grouped_swiglu(x, where, *w),), inputs, documents(extent + 1)[2:].contiguous())
+
+    def call(x, *weights, where, **impl):
+        return (grouped_swiglu(x, where, *weights, **impl),)
+
+    return Case(call, inputs, documents(extent + 1)[2:].contiguous())
 
 
 CASES = {
@@ -110,6 +120,8 @@ CASES = {
     "grouped_swiglu": swiglu_case,
 }
 each_case = pytest.mark.parametrize("make", CASES.values(), ids=CASES)
+RICHEST = [name for name in CASES if f"{name}, packed" not in CASES and "no " not in name and "vector" not in name]
+each_op = pytest.mark.parametrize("make", [CASES[name] for name in RICHEST], ids=RICHEST)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 
 
@@ -225,7 +237,7 @@ def test_compiles_once_for_all_lengths(make, compiled_once):
         equal(derivatives(case._replace(call=compiled)), derivatives(case))
 
 
-@each_case
+@each_op
 def test_compiles_under_torch_func(make, compiled_once):
     case = make(6, torch.float64)
     gradient = torch.func.grad_and_value(loss(case), argnums=tuple(range(len(case.inputs))))
@@ -494,7 +506,26 @@ def test_autocast_changes_nothing(make):
     equal(actual, expected)
 
 
-# Which implementation runs. Toy ops, so that this holds whatever kernels there are.
+# Which implementation runs.
+
+
+@each_case
+@pytest.mark.parametrize("transform", [False, True], ids=["autograd", "torch.func"])
+def test_forward_and_backward_take_impl(make, transform):
+    case = build(make)
+    asked = functools.partial(case.call, where=case.where, impl="reference")
+    with Recorder() as recorder:
+        if transform:
+            outputs, pullback = torch.func.vjp(asked, *(x.detach() for x in case.inputs))
+            pullback(tuple(cotangents(outputs)))
+        else:
+            outputs = asked(*case.inputs)
+            torch.autograd.grad(outputs, case.inputs, cotangents(outputs))
+    assert len(recorder.calls) >= 2
+    assert {args[-1] for _, args in recorder.calls} == {"reference"}
+
+
+# Toy ops, so that the rest holds whatever kernels there are.
 
 TOY = {
     name: registration.define(
