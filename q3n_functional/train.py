@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 SHOWN = ("loss", "bits_per_byte", "tokens_per_s", "mfu")
 """What the progress bar says."""
 
+BITS = "validation_bits_per_byte"
+
 
 class Stopped(Exception):  # noqa: N818  # not an error
     """A signal ended the run after a checkpoint was saved. `number` is the signal's."""
@@ -159,7 +161,7 @@ def _validation(config: TrainConfig, text: Text, params: Parameters, loss: step.
     nats = step.validate(loss, params, (_to(batch, device) for batch in batches))
     values = {"validation_loss": nats}
     if text.bytes_per_token[1]:
-        values["validation_bits_per_byte"] = nats / math.log(2) / text.bytes_per_token[1]
+        values[BITS] = nats / math.log(2) / text.bytes_per_token[1]
     return values
 
 
@@ -167,9 +169,9 @@ def _report(config: TrainConfig, text: Text, state: TrainState) -> None:
     """Says where everything is, and lets the model write."""
     run = Path(config.run)
     logger.info("model: %s, curves: %s", run / f"step-{state.step}" / "model", metrics.plot(run))
-    final = metrics.read(run / "metrics.jsonl")[-1]
-    if "validation_bits_per_byte" in final:
-        logger.info("validation: %.3f bits per byte", final["validation_bits_per_byte"])
+    measured = [row[BITS] for row in metrics.read(run / "metrics.jsonl") if BITS in row]
+    if measured:
+        logger.info("validation: %.3f bits per byte", measured[-1])
     s = config.output.sample
     if not s.max_new_tokens or not text.tokenizer:
         return

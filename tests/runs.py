@@ -1,0 +1,37 @@
+"""Small training runs for tests."""
+
+import json
+from pathlib import Path
+
+from q3n_functional import train_config
+from q3n_functional.train_config import TrainConfig
+from tests.configs import small
+
+SHAKESPEARE = Path(__file__).parent.parent / "examples" / "shakespeare.txt"
+
+
+def arguments(folder: Path, *more: str, **model: object) -> list[str]:
+    """Options of a run of ten eager steps on 20,000 bytes, whose model is `small` with changes."""
+    source = folder / "play.txt"
+    if not source.exists():
+        source.write_bytes(SHAKESPEARE.read_bytes()[:20_000])
+    shape = folder / "config.json"
+    if model or not shape.exists():
+        small(**{"vocab_size": 300, "num_hidden_layers": 2, "layer_types": LAYERS, **model}).to_json(shape)
+    fixed = {"run": folder / "run", "preset": shape, "steps": 10, "batch_size": 2, "seq_len": 32, "data.source": source}
+    options = [f"--{key}={value}" for key, value in fixed.items()]
+    return [*options, "--no-compile", "--optimizer.lr=0.01", "--optimizer.warmup-steps=2", *more]
+
+
+LAYERS = ("linear_attention", "full_attention")
+
+
+def config(folder: Path, *more: str, **model: object) -> TrainConfig:
+    """The same, parsed."""
+    return train_config.parse(arguments(folder, *more, **model))
+
+
+def rows(folder: Path, name: str = "loss") -> list[float]:
+    """What metrics.jsonl of the run says of `name`, step by step."""
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)[name] for line in lines]
