@@ -56,6 +56,11 @@ def context(
 ) -> Context:
     """The `Context` of a batch: packed or padded with `documents`, continuing sequences with `lengths_B` [B]."""
     if documents is not None:
+        if documents.positions_BT.shape != tokens_BT.shape:
+            raise ValueError(
+                f"documents lie in a batch of shape {tuple(documents.positions_BT.shape)}, but tokens have "
+                f"{tuple(tokens_BT.shape)}; make them with the tokens' batch and length"
+            )
         positions, totals = documents.positions_BT, packing.lengths(documents)
         mask: Tensor | None = _document_mask(documents)
     else:

@@ -199,7 +199,7 @@ def _cross_entropy(h_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor) -> tuple[
     logits_BTV = logits_BTV.to(wide(logits_BTV.dtype))
     kept = targets_BT != IGNORE
     partition_BT = logits_BTV.logsumexp(-1)
-    picked_BT = logits_BTV.gather(-1, targets_BT.clamp(min=0)[..., None])[..., 0]
+    picked_BT = logits_BTV.gather(-1, targets_BT.where(kept, 0)[..., None])[..., 0]
     zero = partition_BT.new_zeros(())
     sums = (torch.where(kept, x, zero).sum() for x in (partition_BT - picked_BT, partition_BT.square()))
     cross_entropy, z_loss = sums

@@ -203,9 +203,11 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("case", MASKS)
-def test_padded_rows_are_as_if_unpadded(case):
-    mask, config = MASKS[case], config_of()
+@pytest.mark.parametrize(
+    ("case", "variant"), [(case, "as small") for case in MASKS] + [("right", "dynamic rope"), ("both", "longrope")]
+)
+def test_padded_rows_are_as_if_unpadded(case, variant):
+    mask, config = MASKS[case], config_of(**VARIANTS[variant])
     tree, docs = tree_of(config), documents_from_mask(mask)
     tokens = random_tokens(*mask.shape)
     rows = [tokens[b][mask[b]][None] for b in range(len(mask)) if mask[b].any()]
@@ -220,6 +222,26 @@ def test_padded_rows_are_as_if_unpadded(case):
     if mask.all():
         plain, _ = loss(tree, tokens, config=config, z_loss_coef=0.1)
         assert_same({"loss": value}, {"loss": plain})
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_rows_too_short_for_a_target(length):
+    config = config_of(router_aux_loss_coef=0.0)
+    tree, tokens = tree_of(config), random_tokens(2, length)
+    value, metrics = loss(tree, tokens, config=config, z_loss_coef=0.1)
+    assert metrics.num_targets == 2 * (length - 1)
+    assert metrics.mtp_cross_entropy == 0
+    assert (value > 0) == (length == 2)
+    assert all(gradient.isfinite().all() for gradient in gradients(value, tree).values())
+
+
+@pytest.mark.parametrize("label", [-1, 64])
+def test_a_label_that_is_no_token_is_an_error(label):
+    config, tokens = config_of(), random_tokens(1, 9)
+    labels = tokens.clone()
+    labels[0, 4] = label
+    with pytest.raises(RuntimeError, match=f"index {label} is out of bounds"):
+        loss(tree_of(config), tokens, None, labels, config=config)
 
 
 def test_a_masked_token_inside_a_document_is_read_but_not_learnt():
@@ -285,6 +307,14 @@ def test_where_documents_lie():
     assert shift(values, docs, 2, -1).tolist() == [[-1, 3, -1, -1], [-1, -1, -1, -1]]
     assert shift(values, None, 2, -1).tolist() == [[2, 3, -1, -1], [6, 7, -1, -1]]
     assert shift(values[:, :1], None, 2, -1).tolist() == [[-1], [-1]]
+
+
+def test_documents_of_another_batch_are_refused():
+    config = config_of()
+    docs = documents(torch.tensor([0, 9], dtype=torch.int32), 1, 9)
+    for shape in ((2, 9), (1, 8)):
+        with pytest.raises(ValueError, match=rf"a batch of shape \(1, 9\), but tokens have \({shape[0]}, {shape[1]}\)"):
+            loss(tree_of(config), random_tokens(*shape), docs, config=config)
 
 
 def test_offsets_that_are_refused():
