@@ -15,10 +15,10 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 # Commands import what they need: help and usage errors then come without the second that torch takes to load.
 
@@ -37,8 +37,8 @@ def train(arguments: Sequence[str]) -> None:
 
 
 def generate(
-    folder: Positional[Path],
-    prompt: Positional[str],
+    folder: Annotated[Path, arg(metavar="FOLDER"), Positional],
+    prompt: Annotated[str, arg(metavar="PROMPT"), Positional],
     *,
     max_new_tokens: int = 256,
     temperature: float = 1.0,
@@ -88,8 +88,8 @@ def generate(
 
 
 def convert(
-    source: Positional[Path],
-    target: Positional[Path],
+    source: Annotated[Path, arg(metavar="SOURCE"), Positional],
+    target: Annotated[Path, arg(metavar="TARGET"), Positional],
     *,
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep",
 ) -> None:
@@ -112,7 +112,7 @@ def convert(
     checkpoint.save(target, model.params, model.config, None if kind else model.dtypes, model.extras)
 
 
-def inspect(model: Positional[str]) -> None:
+def inspect(model: Annotated[str, arg(metavar="MODEL"), Positional]) -> None:
     """Prints the parameter tree of MODEL with shapes, axes, counts and bytes; loads no weights.
 
     Args:
