@@ -238,6 +238,21 @@ def test_compiles_once_for_all_lengths(make, compiled_once):
 
 
 @each_op
+def test_compiler_sees_the_op(make):
+    """And not a Python function around it, which none of its passes and policies knows."""
+    torch._dynamo.reset()
+    targets = []
+
+    def backend(graph, example_inputs):
+        targets.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    case = build(make)
+    torch.compile(case.call, fullgraph=True, backend=backend)(*case.inputs, where=case.where)
+    assert [target for target in targets if getattr(target, "namespace", "") == "q3n"]
+
+
+@each_op
 def test_compiles_under_torch_func(make, compiled_once):
     case = make(6, torch.float64)
     gradient = torch.func.grad_and_value(loss(case), argnums=tuple(range(len(case.inputs))))
@@ -247,6 +262,13 @@ def test_compiles_under_torch_func(make, compiled_once):
         gradients, value = compiled(*case.inputs, where=case.where)
         expected, expected_value = gradient(*case.inputs, where=case.where)
         close([value, *gradients], [expected_value, *expected])
+
+
+def test_compiles_gradients_per_example(compiled_once):
+    case = norm_case(6, torch.float64)
+    examples = [torch.stack([x, 2 * x]) for x in case.inputs]
+    gradient = torch.vmap(torch.func.grad(loss(case), argnums=tuple(range(len(examples)))))
+    close(compiled_once(gradient)(*examples), gradient(*examples))
 
 
 @each_case
@@ -425,6 +447,24 @@ def test_vmap_of_vmap(make):
     ]
     looped = [torch.stack([loss(case)(*(x[m, n] for x in inputs)) for n in range(3)]) for m in range(2)]
     close([torch.vmap(torch.vmap(loss(case)))(*inputs)], [torch.stack(looped)])
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"), [("causal_conv", [0, 2]), ("gated_delta_rule", range(6)), ("rms_norm_gated", [0, 1])]
+)
+def test_vmap_over_rows_is_one_call(name, rows):
+    """Of the public function, and of the op that it calls."""
+    case = CASES[name](6, torch.float64)
+    inputs, in_dims = batches(case, rows)
+    with Recorder() as recorder:
+        mapped = torch.vmap(functools.partial(case.call, where=None), in_dims)(*inputs)
+    ((op, folded),) = recorder.calls
+    raw_dims = tuple(0 if _floating(x) and len(x) == 2 * SIZE else None for x in folded)
+    stacks = [x.unflatten(0, (SIZE, 2)) if dim == 0 else x for x, dim in zip(folded, raw_dims, strict=True)]
+    with Recorder() as recorder:
+        raw = torch.vmap(op, raw_dims)(*stacks)
+    assert len(recorder.calls) == 1
+    equal([raw] if isinstance(raw, torch.Tensor) else raw[: len(mapped)], mapped)
 
 
 def test_vmap_over_documents():
