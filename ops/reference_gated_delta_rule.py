@@ -166,7 +166,8 @@ def _decays(g: Tensor) -> Decays:
     # Above the diagonal the difference is positive and its exponential may overflow.
     pairs = difference.to(g.dtype).masked_fill(~lower, float("-inf")).exp()
     last = g_cumsum[..., -1:]
-    return Decays(*(x.to(g.dtype).exp()[..., None] for x in (g_cumsum, last - g_cumsum, last)), pairs)
+    start, end, whole = (x.to(g.dtype).exp()[..., None] for x in (g_cumsum, last - g_cumsum, last))
+    return Decays(start, end, whole, pairs)
 
 
 def _inverse(x: Inputs, decays: Decays) -> Tensor:
