@@ -92,36 +92,44 @@ def assert_compiled_equals_eager(backend, kind, relative=1e-5, lengths=LENGTHS, 
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("kind", ["rows", "padded"])
-def test_loss_and_gradient_are_one_graph_for_all_lengths(kind):
-    assert_compiled_equals_eager("aot_eager", kind)
+def test_padded_rows():
+    assert_compiled_equals_eager("aot_eager", "padded")
 
 
 OPTIONS = {
-    "checkpointed layers": {"checkpoint_layers": True, "config": trunk()},
-    "recurrent": {
-        "config": trunk(
-            **{"linear_attention_use_recurrent": True, "linear_attention_clip_val": 0.4, "num_key_value_heads": 1},
-            **{"tie_word_embeddings": True, "norm_topk_prob": False},
-        )
-    },
-    "dense": {
-        "config": trunk(
-            **{"num_experts": 0, "num_experts_per_tok": 0, "intermediate_size": 24, "max_position_embeddings": 16},
-            rope_parameters=RopeParameters(rope_theta=1e4, rope_type="dynamic", factor=2.0, partial_rotary_factor=0.5),
-        )
-    },
+    "checkpointed layers": ("rows", {"checkpoint_layers": True, "config": trunk()}),
+    "recurrent": (
+        "packed",
+        {
+            "config": trunk(
+                **{"linear_attention_use_recurrent": True, "linear_attention_clip_val": 0.4, "num_key_value_heads": 1},
+                **{"tie_word_embeddings": True, "norm_topk_prob": False},
+            )
+        },
+    ),
+    "dense": (
+        "packed",
+        {
+            "config": trunk(
+                **{"num_experts": 0, "num_experts_per_tok": 0, "intermediate_size": 24, "max_position_embeddings": 16},
+                rope_parameters=RopeParameters(
+                    rope_theta=1e4, rope_type="dynamic", factor=2.0, partial_rotary_factor=0.5
+                ),
+            )
+        },
+    ),
 }
 
 
 @pytest.mark.parametrize("case", OPTIONS)
-def test_options_compile_too(case):
-    assert_compiled_equals_eager("aot_eager", "packed", **OPTIONS[case])
+def test_options(case):
+    kind, options = OPTIONS[case]
+    assert_compiled_equals_eager("aot_eager", kind, **options)
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="Inductor needs a C++ compiler")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-def test_inductor():
+def test_packed_documents_with_inductor():
     assert_compiled_equals_eager("inductor", "packed")
 
 

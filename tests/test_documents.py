@@ -14,7 +14,7 @@ from q3n_functional.model import (
     multi_token_prediction,
     targets,
 )
-from q3n_functional.packing import IGNORE, documents, documents_from_mask, lengths, shift
+from q3n_functional.packing import IGNORE, documents, documents_from_mask, lengths
 from q3n_functional.params import named_leaves
 from q3n_functional.rotary import RopeParameters
 from tests.configs import perturbed, slower, small, trainable
@@ -296,28 +296,9 @@ def test_accumulated_micro_batches_add_up_to_the_large_batch(aux):
     assert_same(gradients(value, tree), added([gradients(half, tree) for half, _ in halves]))
 
 
-def test_where_documents_lie():
-    docs = documents(torch.tensor([0, 1, 1, 4, 6], dtype=torch.int32), 2, 4)
-    assert docs.positions_BT.tolist() == [[0, 0, 1, 2], [0, 1, 0, 1]]
-    assert docs.segment_ids_BT.tolist() == [[0, 2, 2, 2], [3, 3, 4, 4]]
-    assert docs.valid_BT.tolist() == [[True] * 4, [True, True, False, False]]
-    assert lengths(docs).tolist() == [[1, 3, 3, 3], [2, 2, 0, 0]]
-    values = torch.arange(8).view(2, 4)
-    assert shift(values, docs, 1, -1).tolist() == [[-1, 2, 3, -1], [5, -1, -1, -1]]
-    assert shift(values, docs, 2, -1).tolist() == [[-1, 3, -1, -1], [-1, -1, -1, -1]]
-    assert shift(values, None, 2, -1).tolist() == [[2, 3, -1, -1], [6, 7, -1, -1]]
-    assert shift(values[:, :1], None, 2, -1).tolist() == [[-1], [-1]]
-
-
 def test_documents_of_another_batch_are_refused():
     config = config_of()
     docs = documents(torch.tensor([0, 9], dtype=torch.int32), 1, 9)
     for shape in ((2, 9), (1, 8)):
         with pytest.raises(ValueError, match=rf"a batch of shape \(1, 9\), but tokens have \({shape[0]}, {shape[1]}\)"):
             loss(tree_of(config), random_tokens(*shape), docs, config=config)
-
-
-def test_offsets_that_are_refused():
-    for offsets in (torch.tensor([0, 3]), torch.tensor([0.0, 3.0]), torch.tensor([[0, 3]], dtype=torch.int32)):
-        with pytest.raises(ValueError, match="cu_seqlens must be a 1-D int32 tensor of document offsets, got torch"):
-            documents(offsets, 1, 3)
