@@ -123,7 +123,7 @@ def _backward(
         dextended, dweight = _sums_backward(dsums, extended, weight_CW)
     if dstate is not None:
         dextended[_final_rows(ends, width)] += dstate.mT.to(dextended.dtype)
-    dx = dextended[rows].masked_fill_(~inside[:, None], 0).to(x_BTC.dtype).view(x_BTC.shape)
+    dx = dextended[rows].to(x_BTC.dtype).view(x_BTC.shape)
     if initial_state is None:
         return dx, dweight, x_BTC.new_empty(0)
     return dx, dweight, dextended[_initial_rows(ends, width)].mT.to(initial_state.dtype).contiguous()

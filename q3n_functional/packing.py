@@ -65,7 +65,8 @@ def documents_from_mask(mask_BT: Tensor) -> Documents:
     rows = torch.arange(batch, device=mask_BT.device) * length
     bounds = torch.stack([rows, rows + first, rows + end], 1).flatten()
     cu_seqlens = torch.cat([bounds, rows[-1:] + length]).to(torch.int32)
-    return documents(cu_seqlens, batch, length)._replace(valid_BT=mask_BT.to(torch.bool))
+    # Not `_replace`, whose result Dynamo of torch 2.11 cannot return from a graph.
+    return Documents(*documents(cu_seqlens, batch, length)[:3], mask_BT != 0)
 
 
 def shift(values_BT: Tensor, documents: Documents | None, by: int, fill: int) -> Tensor:
