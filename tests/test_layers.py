@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import softplus
 
 from q3n_functional import params
+from q3n_functional.cache import LinearState
 from q3n_functional.layers import context, gated_attention, gated_delta_net, mixture_of_experts, rms_norm, swiglu
 from tests.configs import perturbed, slower, small
 
@@ -128,6 +129,21 @@ def test_extreme_decays_and_zero_rows_are_finite(bias, rate):
     y, state = gated_delta_net(p, x, shared(1, 40, config), None, config=config)
     gradients = torch.autograd.grad(y.sum() + state.recurrent.sum(), (x, *p))
     assert all(t.isfinite().all() for t in (y, state.recurrent, *gradients))
+
+
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_a_bf16_model_forgets_at_the_fp32_rate(recurrent):
+    """Tokens of zeros leave the state to its decay, in which an error of the rate grows with the length."""
+    config = config_of(linear_attention_use_recurrent=recurrent)
+    p, length = slower(params.init(config, 0, torch.bfloat16), by=5.5).layers[0].mixer, 200
+    state = random_input(1, 4, 8, 12, dtype=torch.float32)
+    conv = torch.zeros(1, p.q.shape[0] + p.k.shape[0] + p.v.shape[0], 3, dtype=torch.bfloat16)
+    x = torch.zeros(1, length, 32, dtype=torch.bfloat16)
+    _, after = gated_delta_net(p, x, shared(1, length, config), LinearState(conv, state), config=config)
+    decay = torch.exp(-length * p.A_log.double().exp() * softplus(p.dt_bias.double()))
+    torch.testing.assert_close(after.recurrent.double(), decay[:, None, None] * state.double(), rtol=1e-4, atol=0)
+    rounded = torch.exp(-length * p.A_log.bfloat16().double().exp() * softplus(p.dt_bias.double()))
+    assert (rounded / decay - 1).abs().max() > 1e-3
 
 
 def naive_attention(p, x, config):
