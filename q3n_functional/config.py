@@ -265,8 +265,8 @@ def tiny() -> Config:
         linear_value_head_dim=32,
         num_experts=8,
         num_experts_per_tok=2,
-        moe_intermediate_size=128,
-        shared_expert_intermediate_size=128,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
         num_nextn_predict_layers=1,
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import signal
+import sys
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import cast
@@ -91,7 +92,8 @@ def _loop(config: TrainConfig, text: Text, state: TrainState, log: metrics.Log, 
         metrics.flops_per_token(state.model.config, config.seq_len),
         state.optimizer.step.device,
     )
-    with tqdm(total=config.steps, initial=state.step, unit="step", dynamic_ncols=True) as bar:
+    pace = 0.2 if sys.stderr.isatty() else 10.0  # seconds; a log wants few lines
+    with tqdm(total=config.steps, initial=state.step, unit="step", dynamic_ncols=True, mininterval=pace) as bar:
         while state.step < config.steps:
             values = _step(config, text, state, params, loss, update)
             _check_finite(config, text, state, values)
@@ -100,7 +102,7 @@ def _loop(config: TrainConfig, text: Text, state: TrainState, log: metrics.Log, 
             if _due(output.validate_every, state.step, config.steps) and text.validation:
                 values |= _validation(config, text, params, loss)
             log.write(state.step, values)
-            bar.set_postfix({name: f"{values[name]:.4g}" for name in SHOWN if name in values})
+            bar.set_postfix({name: f"{values[name]:.4g}" for name in SHOWN if name in values}, refresh=False)
             bar.update()
             if interrupt.number or _due(output.save_every, state.step, config.steps):
                 folder = train_state.save(run, state, config)
