@@ -335,7 +335,7 @@ class Config(NamedTuple):
 
 FORWARD = Config(channels=512, rows=8, warps=4, programs=NUM_SMS * 32)
 BACKWARD = Config(channels=512, rows=8, warps=4, programs=NUM_SMS * 8)
-FORWARD_MAX_SPAN = 128
+FORWARD_MAX_SPAN = 256
 
 
 def _shrunk(config: Config, channels: int) -> Config:
