@@ -231,7 +231,7 @@ def sweep() -> None:
     for entries_warps in NORM_FORWARDS:
         norm = rms_norm_gated.Config(*entries_warps, 0)
         attempt("norm forward", norm, functools.partial(rms_norm_gated.forward, x, gate, weight, EPS, norm))
-    for entries_warps, programs in itertools.product(NORM_BACKWARDS, (4, 8, 16)):
+    for entries_warps, programs in itertools.product(NORM_BACKWARDS, (4, 5, 8, 16)):
         norm = rms_norm_gated.Config(*entries_warps, sms * programs)
         attempt("norm backward", norm, functools.partial(rms_norm_gated.backward, dy, x, gate, weight, EPS, norm))
 

@@ -410,12 +410,13 @@ def backward(
     partials = torch.empty(spans, width, channels, dtype=torch.float32, device=x_BTC.device)
     programs = tiles * (spans + (0 if initial_state is None else num_docs))
     if programs and channels:
-        x, dy = _rows(x_BTC), None if dy_BTC is None else _rows(dy_BTC)
+        x = _rows(x_BTC)
+        dy = x if dy_BTC is None else _rows(dy_BTC)  # a stand-in: the branches that are never taken compile too
         _backward_kernel[(programs,)](
             dy, _contiguous(dfinal_state), x, weight_CW.contiguous(), _contiguous(initial_state),
             _contiguous(cu_seqlens), dx, partials, dinitial, num_docs, tokens, length, span, x.stride(0),
-            0 if dy is None else dy.stride(0), C=channels, W=width, BC=config.channels, ROWS=config.rows,
-            DOCUMENTS=cu_seqlens is not None, INITIAL=initial_state is not None, DY=dy is not None,
+            dy.stride(0), C=channels, W=width, BC=config.channels, ROWS=config.rows,
+            DOCUMENTS=cu_seqlens is not None, INITIAL=initial_state is not None, DY=dy_BTC is not None,
             DFINAL=dfinal_state is not None, num_warps=config.warps, num_stages=1,
             maxnreg=128 if x.element_size() == 2 else None,
         )  # fmt: skip
