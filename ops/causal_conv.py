@@ -173,7 +173,7 @@ _causal_conv_backward = gradient(
         "str impl) -> (Tensor, Tensor, Tensor)",
         reference=_backward,
         fake=_fake_backward,
-        kernel=None,
+        kernel="causal_conv:backward",
     )
 )
 
@@ -197,7 +197,7 @@ _causal_conv = differentiable(
         "(Tensor x, Tensor weight, Tensor? initial_state, Tensor? cu_seqlens, str impl) -> (Tensor, Tensor)",
         reference=_forward,
         fake=_fake_forward,
-        kernel=None,
+        kernel="causal_conv:forward",
     ),
     _setup_context,
     _backward_of_op,

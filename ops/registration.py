@@ -2,8 +2,8 @@
 
 An op is functional: no argument is written and no output aliases an input. Its gradient is an op of its own, so that
 torch.compile, opcheck and DTensor see both. The schema's last argument, `impl`, chooses the implementation: "auto"
-takes the Triton kernel on CUDA and the PyTorch reference elsewhere; "reference" and "triton" ask for one and fail
-where it cannot run.
+takes the Triton kernel on CUDA where it fits the arguments and the PyTorch reference elsewhere, and says so once;
+"reference" and "triton" ask for one and fail where it cannot run.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ Outputs = Tensor | tuple[Tensor, ...]
 logger = logging.getLogger("q3n_functional.ops")
 _library = torch.library.Library("q3n", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+
+
+class UnsupportedError(ValueError):
+    """What a launcher raises, before it launches anything, for arguments that its kernel is not made for."""
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -61,14 +65,20 @@ def _run(name: str, reference: Callable[..., Outputs], kernel: str | None, *args
     if impl not in get_args(Impl):
         raise ValueError(f"impl must be 'auto', 'reference' or 'triton', got {impl!r}")
     device = next(a.device.type for a in arguments if isinstance(a, Tensor))
-    if impl == "triton" or (impl == "auto" and kernel and device == "cuda"):
-        if kernel is None:
-            raise NotImplementedError(f"q3n::{name} has no Triton kernel: ask for impl='reference' or 'auto'")
-        _say_once(f"q3n::{name} on {device} runs its Triton kernel")
-        return _load(kernel)(*arguments)
     why = (
         "as asked" if impl == "reference" else "no Triton kernel" if not kernel else f"Triton needs CUDA, not {device}"
     )
+    if impl == "triton" or (impl == "auto" and kernel and device == "cuda"):
+        if kernel is None:
+            raise NotImplementedError(f"q3n::{name} has no Triton kernel: ask for impl='reference' or 'auto'")
+        try:
+            outputs = _load(kernel)(*arguments)
+            _say_once(f"q3n::{name} on {device} runs its Triton kernel")
+            return outputs
+        except UnsupportedError as error:
+            if impl == "triton":
+                raise
+            why = str(error)
     _say_once(f"q3n::{name} on {device} runs the PyTorch reference ({why})")
     # Under autocast the reference's own products would be rounded too.
     with torch.autocast(device, enabled=False):

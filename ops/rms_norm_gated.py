@@ -60,7 +60,7 @@ _backward_op = define(
     "(Tensor dy, Tensor x, Tensor gate, Tensor weight, float eps, str impl) -> (Tensor, Tensor, Tensor)",
     reference=_backward,
     fake=lambda dy, x, gate, weight, eps: tuple(t.new_empty(t.shape) for t in (x, gate, weight)),
-    kernel=None,
+    kernel="rms_norm_gated:backward",
 )
 _rms_norm_gated_backward = gradient(_backward_op)
 
@@ -82,7 +82,7 @@ _rms_norm_gated = differentiable(
         "(Tensor x, Tensor gate, Tensor weight, float eps, str impl) -> Tensor",
         reference=_forward,
         fake=lambda x, gate, weight, eps: x.new_empty(x.shape),
-        kernel=None,
+        kernel="rms_norm_gated:forward",
     ),
     _setup_context,
     _backward_of_op,

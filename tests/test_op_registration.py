@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from expecttest import assert_expected_inline
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -618,6 +619,21 @@ def test_never_falls_back(said, name, impl, error):
     }
     assert str(raised.value) == said_instead[impl]
     assert not said.records
+
+
+def test_what_a_kernel_is_not_made_for_runs_the_reference_and_says_so(said, monkeypatch):
+    def refuse(x):
+        raise registration.UnsupportedError("width 3: at most 2")
+
+    monkeypatch.setattr(registration, "_load", lambda kernel: refuse)
+    with FakeTensorMode():
+        x = torch.empty(3, device="cuda")
+    assert registration._run("toy_fast", lambda x: x[:1], "toy:launch", x, "auto").shape == (1,)
+    with pytest.raises(ValueError, match="width 3: at most 2"):
+        registration._run("toy_fast", lambda x: x, "toy:launch", x, "triton")
+    assert [record.getMessage() for record in said.records] == [
+        "q3n::toy_fast on cuda runs the PyTorch reference (width 3: at most 2)"
+    ]
 
 
 def test_runs_without_triton():

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from q3n_functional.ops.kernels.partial_sums import sum_partials
 from q3n_functional.ops.kernels.sigmoid import sigmoid
+from q3n_functional.ops.registration import UnsupportedError
 
 MAX_TAPS = 4
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -349,9 +350,9 @@ def _shrunk(config: Config, channels: int) -> Config:
 def _check(x: Tensor, weight: Tensor) -> None:
     width = weight.shape[1]
     if not 1 <= width <= MAX_TAPS:
-        raise ValueError(f"{width} taps: the Triton kernels take 1 to {MAX_TAPS}; impl='reference' takes any number")
+        raise UnsupportedError(f"{width} taps: the Triton kernels take 1 to {MAX_TAPS}")
     if x.dtype not in DTYPES:
-        raise ValueError(f"x is {x.dtype}: the Triton kernels take bf16, fp16 and fp32; impl='reference' takes it")
+        raise UnsupportedError(f"x is {x.dtype}: the Triton kernels take bf16, fp16 and fp32")
 
 
 def _rows(x_BTC: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from q3n_functional.ops.kernels.partial_sums import sum_partials
 from q3n_functional.ops.kernels.sigmoid import sigmoid
+from q3n_functional.ops.registration import UnsupportedError
 
 MAX_WIDTH = 2048
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -126,11 +127,9 @@ def _rows(*tensors: Tensor) -> Rows:
 
 def _check(x: Tensor) -> None:
     if x.dtype not in DTYPES:
-        raise ValueError(f"x is {x.dtype}: the Triton kernels take bf16, fp16 and fp32; impl='reference' takes it")
+        raise UnsupportedError(f"x is {x.dtype}: the Triton kernels take bf16, fp16 and fp32")
     if x.shape[-1] > MAX_WIDTH:
-        raise ValueError(
-            f"width {x.shape[-1]}: the Triton kernels take at most {MAX_WIDTH}; impl='reference' takes any"
-        )
+        raise UnsupportedError(f"width {x.shape[-1]}: the Triton kernels take at most {MAX_WIDTH}")
 
 
 def _constants(x: Tensor, rows: Rows, config: Config) -> dict[str, int | bool]:
