@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -73,6 +73,7 @@ def plot(run: Path) -> Path:
     return path
 
 
+@lru_cache
 def flops_per_token(config: Config, seq_len: int) -> float:
     """Multiplications and additions that a token costs in forward and backward, as MFU counts them.
 
@@ -102,18 +103,8 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for card, peak in PEAK_FLOPS.items() if card in name), None)
 
 
-class Rate:
-    """Tokens a second and, on a card whose peak is known, the model's share of it (MFU)."""
-
-    def __init__(self, tokens_per_step: int, flops_per_token: float, device: torch.device) -> None:
-        """Starts the clock."""
-        self.tokens = tokens_per_step
-        peak = peak_flops(device)
-        self.share = flops_per_token / peak if peak else 0.0
-        self.last = time.perf_counter()
-
-    def tick(self) -> dict[str, float]:
-        """Of the step since the last tick."""
-        now = time.perf_counter()
-        speed, self.last = self.tokens / (now - self.last), now
-        return {"tokens_per_s": speed} | ({"mfu": speed * self.share} if self.share else {})
+def speed(tokens: int, seconds: float, config: Config, seq_len: int, device: torch.device) -> dict[str, float]:
+    """Tokens a second and, on a card whose peak is known, the share of it that the model's arithmetic takes (MFU)."""
+    rate = tokens / seconds
+    peak = peak_flops(device)
+    return {"tokens_per_s": rate, **({"mfu": rate * flops_per_token(config, seq_len) / peak} if peak else {})}

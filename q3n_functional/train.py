@@ -10,6 +10,7 @@ import logging
 import math
 import signal
 import sys
+import time
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import cast
@@ -55,8 +56,15 @@ def train(config: TrainConfig) -> Path:
     state = prepare.start(config, newest, text.tokenizer, device)
     with metrics.Log(run, state.step) as log, _Interrupt() as interrupt, logging_redirect_tqdm():
         state = _loop(config, text, state, log, interrupt)
+        folder = run / f"step-{state.step}"
+        if folder not in train_state.complete(run):
+            train_state.save(run, state, config)
+            metrics.plot(run)
+    if interrupt.number:
+        name = signal.Signals(interrupt.number).name
+        raise Stopped(interrupt.number, f"stopped by {name}; saved {folder}; --resume goes on from there")
     _report(config, text, state)
-    return run / f"step-{state.step}"
+    return folder
 
 
 class _Interrupt:
@@ -83,45 +91,35 @@ class _Interrupt:
 
 def _loop(config: TrainConfig, text: Text, state: TrainState, log: metrics.Log, interrupt: _Interrupt) -> TrainState:
     """Steps until the last one, a signal or a number that is not finite."""
-    run, output = Path(config.run), config.output
     loss, update = step.functions(config, state.model.config, state.optimizer.step.device)
     # Two views of one storage: the update moves what the next loss reads.
     params = cast(Parameters, pytree.tree_map(lambda p: p.detach().requires_grad_(), state.model.params))
-    rate = metrics.Rate(
-        config.batch_size * config.accumulate * config.seq_len,
-        metrics.flops_per_token(state.model.config, config.seq_len),
-        state.optimizer.step.device,
-    )
     pace = 0.2 if sys.stderr.isatty() else 10.0  # seconds; a log wants few lines
     with tqdm(total=config.steps, initial=state.step, unit="step", dynamic_ncols=True, mininterval=pace) as bar:
-        while state.step < config.steps:
+        while state.step < config.steps and not interrupt.number:
             values = _step(config, text, state, params, loss, update)
             _check_finite(config, text, state, values)
             state = state._replace(step=state.step + 1)
-            values |= rate.tick()
-            if _due(output.validate_every, state.step, config.steps) and text.validation:
+            if _due(config.output.validate_every, state.step) or state.step == config.steps:
                 values |= _validation(config, text, params, loss)
             log.write(state.step, values)
             bar.set_postfix({name: f"{values[name]:.4g}" for name in SHOWN if name in values}, refresh=False)
             bar.update()
-            if interrupt.number or _due(output.save_every, state.step, config.steps):
-                folder = train_state.save(run, state, config)
-                metrics.plot(run)
-            if interrupt.number:
-                name = signal.Signals(interrupt.number).name
-                raise Stopped(interrupt.number, f"stopped by {name}; saved {folder}; --resume goes on from there")
+            if _due(config.output.save_every, state.step):
+                train_state.save(Path(config.run), state, config)
+                metrics.plot(Path(config.run))
     return state
 
 
-def _due(every: int, done: int, steps: int) -> bool:
-    return done == steps or (every > 0 and done % every == 0)
+def _due(every: int, done: int) -> bool:
+    return every > 0 and done % every == 0
 
 
 def _step(
     config: TrainConfig, text: Text, state: TrainState, params: Parameters, loss: step.Loss, update: step.Update
 ) -> dict[str, float]:
     """One update, in place; what is known about it as numbers."""
-    device = state.optimizer.step.device
+    device, begin = state.optimizer.step.device, time.perf_counter()
     batches = [_to(data.batch(text.training, i, config.seed), device) for i in _indices(config, state.step)]
     gradients, total, parts = step.gradients(loss, params, batches)
     lr = optim.learning_rate(state.step, config.steps, config.optimizer)
@@ -131,7 +129,9 @@ def _step(
     values = dict(zip(("loss", "grad_norm", *parts._fields), numbers, strict=True))
     if text.bytes_per_token[0]:
         values["bits_per_byte"] = values["cross_entropy"] / math.log(2) / text.bytes_per_token[0]
-    return {**values, "lr": lr}
+    tokens = sum(batch.tokens_BT.numel() for batch in batches)
+    speed = metrics.speed(tokens, time.perf_counter() - begin, state.model.config, config.seq_len, device)
+    return {**values, "lr": lr, **speed}
 
 
 def _indices(config: TrainConfig, step: int) -> range:
@@ -157,7 +157,8 @@ def _check_finite(config: TrainConfig, text: Text, state: TrainState, values: di
 
 
 def _validation(config: TrainConfig, text: Text, params: Parameters, loss: step.Loss) -> dict[str, float]:
-    assert text.validation
+    if text.validation is None:
+        return {}
     device = params.embed_tokens.device
     batches = data.validation_batches(text.validation, config.output.validation_batches)
     nats = step.validate(loss, params, (_to(batch, device) for batch in batches))
