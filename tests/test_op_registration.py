@@ -628,7 +628,7 @@ def test_what_a_kernel_is_not_made_for_runs_the_reference_and_says_so(said, monk
     monkeypatch.setattr(registration, "_load", lambda kernel: refuse)
     with FakeTensorMode():
         x = torch.empty(3, device="cuda")
-    assert registration._run("toy_fast", lambda x: x[:1], "toy:launch", x, "auto").shape == (1,)
+    assert registration._run("toy_fast", lambda x: "the reference", "toy:launch", x, "auto") == "the reference"
     with pytest.raises(ValueError, match="width 3: at most 2"):
         registration._run("toy_fast", lambda x: x, "toy:launch", x, "triton")
     assert [record.getMessage() for record in said.records] == [
