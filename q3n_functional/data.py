@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from q3n_functional.corpus import Corpus
+from q3n_functional.corpus import Corpus, split
 from q3n_functional.tokenizer import num_bytes
 
 
@@ -45,6 +45,22 @@ def reader(corpus: Corpus, rows: int, length: int, name: str) -> Reader:
             "use more text, another validation_fraction, or a smaller batch_size or seq_len"
         )
     return Reader(corpus, rows, length, None if corpus.starts is None else _most_starts(corpus.starts, length))
+
+
+def readers(corpus: Corpus, fraction: float, rows: int, length: int) -> tuple[Reader, Reader | None]:
+    """Readers of the training part and of the last `fraction`, None for no fraction.
+
+    Their cu_seqlens have one length, so that one compiled graph serves both.
+    """
+    first, last = split(corpus, fraction)
+    training = reader(first, rows, length, "training")
+    if not fraction:
+        return training, None
+    validation = reader(last, rows, length, "validation")
+    if training.documents is None or validation.documents is None:
+        return training, validation
+    most = max(training.documents, validation.documents)
+    return training._replace(documents=most), validation._replace(documents=most)
 
 
 def _most_starts(starts: NDArray[np.int64], length: int) -> int:

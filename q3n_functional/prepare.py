@@ -57,12 +57,9 @@ def text(config: TrainConfig, run: Path, newest: Path | None) -> Text:
     run.mkdir(parents=True, exist_ok=True)
     words = _tokenizer(config, source, newest)
     ids = source if source.suffix == ".npy" else corpus.tokenize(source, cast(Tokenizer, words), run)
-    training, rest = corpus.split(corpus.read(ids, config.model.vocab_size), config.data.validation_fraction)
-    first = data.reader(training, config.batch_size, config.seq_len, "training")
-    validation = None
-    if config.data.validation_fraction:
-        validation = data.reader(rest, config.batch_size, config.seq_len, "validation")
-    return Text(first, validation, words, _bytes_per_token(config, first, validation, words))
+    whole, c = corpus.read(ids, config.model.vocab_size), config
+    training, validation = data.readers(whole, c.data.validation_fraction, c.batch_size, c.seq_len)
+    return Text(training, validation, words, _bytes_per_token(config, training, validation, words))
 
 
 def _tokenizer(config: TrainConfig, source: Path, newest: Path | None) -> Tokenizer | None:

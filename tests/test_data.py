@@ -288,6 +288,15 @@ def test_the_fullest_window_sets_the_length():
         assert data.reader(counting(200, starts), 1, 16, "training").documents == max(every)
 
 
+def test_both_parts_have_offsets_of_one_length():
+    crowded = [0, 300, 600, *range(900, 950)]
+    for starts in (crowded, [0, *(1000 - s for s in crowded if s)]):
+        training, validation = data.readers(counting(1000, sorted(starts)), 0.1, 2, 16)
+        (validated,) = data.validation_batches(validation, 1)
+        assert len(data.batch(training, 0, 0).cu_seqlens) == len(validated.cu_seqlens)
+    assert data.readers(counting(1000), 0.0, 2, 16)[1] is None
+
+
 def test_validation_asks_for_every_token_once():
     reader = data.reader(counting(1000), 3, 16, "validation")
     asked = [b.tokens_BT[:, 1:].flatten() for b in data.validation_batches(reader, 1000)]
