@@ -235,6 +235,17 @@ class TestKernels:
         wanted = expected((torch.zeros_like(found[0]), None), tensors, scalars)
         assert_matches(dict(zip(NAMES, found, strict=False)), {n: wanted[n] for n in NAMES[:2]}, BOUNDS[dtype])
 
+    @pytest.mark.parametrize("options", ["whole chunks", "documents", "odd head dims", "keys longer than one"])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_transition(self, options, dtype):
+        """It takes any state to what the state adds to the final one."""
+        _, (q, k, v, g, beta, A_log, dt_bias, initial, cu), scalars = build(**CASES[options], dtype=dtype)
+        M = kernels().transition(k, g, beta, A_log, dt_bias, cu, *scalars[1:])
+        plain = [x if x is None else x.nan_to_num().double() for x in (q, k, v, g, beta, A_log, dt_bias)]
+        with_state = recurrence(*plain, initial.double(), cu, *scalars)[1]
+        wanted = with_state - recurrence(*plain, None, cu, *scalars)[1]
+        assert (M.double() @ initial.double() - wanted).norm() <= BOUNDS[dtype] * wanted.norm()
+
     @pytest.mark.skipif(INTERPRETED, reason="the interpreter has no CUDA graphs")
     @pytest.mark.filterwarnings("ignore::UserWarning")
     def test_in_a_cuda_graph_with_other_documents(self):

@@ -198,7 +198,7 @@ def _chunk_kernel(
     start, length = _chunk_range(pid // HV, table, T, C, DOCUMENTS)
     r = tl.arange(0, C)
     cols = tl.arange(0, BK)
-    if INVERT and DOCUMENTS and length < 0:
+    if INVERT and DOCUMENTS and o is not None and length < 0:
         v_cols = tl.arange(0, BV)
         v_rows = (start + r)[:, None] * (HV * V) + hv * V
         tl.store(
@@ -313,18 +313,19 @@ def _scan_step(
     S, i, valid, start, chunk, hv, hk, v0, q, k, v, gates, Y, P, o, h, q_tma, k_tma, v_tma, Y_tma, P_tma,
     q_token, k_token, v_token,
     HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    OUTPUT: tl.constexpr, DOT: tl.constexpr, TAIL: tl.constexpr, TMA: tl.constexpr,
+    MODE: tl.constexpr, DOT: tl.constexpr, TAIL: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Advance S by one chunk; write o (OUTPUT) or the chunk's first state and U (o then stands for U)."""
+    """Advance S by one chunk. Written, by MODE: o; or the chunk's first state and U (to h and o); or nothing."""
     K_RAGGED: tl.constexpr = K != BK
     V_RAGGED: tl.constexpr = V % BV != 0
     row = start + i * C
     tile = (chunk + i) * HV + hv
     width = V - v0
     kk = _rows(k, row, k_token, K, valid, k_tma, hk * K, C, BK, K_RAGGED, TAIL, TMA)
-    vv = _rows(v, row, v_token, width, valid, v_tma, hv * V + v0, C, BV, V_RAGGED, TAIL, TMA)
+    if MODE != "transition":
+        vv = _rows(v, row, v_token, width, valid, v_tma, hv * V + v0, C, BV, V_RAGGED, TAIL, TMA)
     y = _matrix(Y, tile, Y_tma, C, TMA)
-    if OUTPUT:
+    if MODE == "output":
         qq = _rows(q, row, q_token, K, valid, q_tma, hk * K, C, BK, K_RAGGED, TAIL, TMA)
         p = _matrix(P, tile, P_tma, C, TMA)
     gate = gates + tile * (7 * C) + tl.arange(0, C)
@@ -333,18 +334,22 @@ def _scan_step(
     dec_k = tl.load(gate + 3 * C)
     last = tl.exp(tl.load(gates + tile * (7 * C) + C - 1))
     S_low = S.to(kk.dtype)
-    if not OUTPUT:
+    if MODE == "states":
         _store_state(h + tile * (K * V) + v0, S_low, K, width, V, BK, BV, K_RAGGED or V_RAGGED)
-    W = vv.to(tl.float32) - gam_k[:, None] * tl.dot(kk, S_low, input_precision=DOT)
+    if MODE == "transition":
+        W = -gam_k[:, None] * tl.dot(kk, S_low, input_precision=DOT)
+    else:
+        W = vv.to(tl.float32) - gam_k[:, None] * tl.dot(kk, S_low, input_precision=DOT)
     U = tl.dot(y, (b[:, None] * W).to(kk.dtype), acc=W, input_precision=DOT)
     new = b[:, None] * U
-    if OUTPUT:
+    if MODE == "output":
         out = tl.dot(qq, S_low, input_precision=DOT) * tl.load(gate + 4 * C)[:, None]
         out = tl.dot(p, new.to(kk.dtype), acc=out, input_precision=DOT)
     else:
         out = U
     S = tl.dot(tl.trans(kk), (dec_k[:, None] * new).to(kk.dtype), acc=S * last, input_precision=DOT)
-    _store_rows(o, row, HV * V, width, valid, out, C, BV, V_RAGGED, TAIL)
+    if MODE != "transition":
+        _store_rows(o, row, HV * V, width, valid, out, C, BV, V_RAGGED, TAIL)
     return S
 
 
@@ -353,10 +358,10 @@ def _scan_kernel(
     q, k, v, gates, Y, P, initial, final, o, h, q_tma, k_tma, v_tma, Y_tma, P_tma, cu, first_chunk, T,
     q_token, q_head, k_token, k_head, v_token, v_head,
     HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, DOCUMENTS: tl.constexpr, INITIAL: tl.constexpr, OUTPUT: tl.constexpr, DOT: tl.constexpr,
+    C: tl.constexpr, DOCUMENTS: tl.constexpr, INITIAL: tl.constexpr, MODE: tl.constexpr, DOT: tl.constexpr,
     TMA: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Walk one sequence, value head and slice of V, chunk after chunk."""
+    """Walk one sequence, value head and slice of V, chunk after chunk; for a transition V is K and all values are 0."""
     NV: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0)
     v0 = (pid % NV) * BV
@@ -367,7 +372,9 @@ def _scan_kernel(
     state = (n.to(tl.int64) * HV + hv) * (K * V) + v0
     rows = tl.arange(0, BK)
     cols = tl.arange(0, BV)
-    if INITIAL:
+    if MODE == "transition":
+        S = tl.where(rows[:, None] == v0 + cols[None, :], 1.0, 0.0)
+    elif INITIAL:
         S = tl.load(
             initial + state + rows[:, None] * V + cols[None, :],
             mask=(rows < K)[:, None] & (v0 + cols < V)[None, :],
@@ -381,13 +388,13 @@ def _scan_kernel(
     o += hv * V + v0
     for i in tl.range(0, length // C, num_stages=STAGES):
         S = _scan_step(S, i, C, start, chunk, hv, hk, v0, q, k, v, gates, Y, P, o, h, q_tma, k_tma, v_tma, Y_tma, P_tma,
-                       q_token, k_token, v_token, HV, K, V, BK, BV, C, OUTPUT, DOT, False, TMA)  # fmt: skip
+                       q_token, k_token, v_token, HV, K, V, BK, BV, C, MODE, DOT, False, TMA)  # fmt: skip
     # A loop, though it runs once at most: outside a pipelined loop Triton 3.6 miscompiles the step (NOTES.md).
     for i in tl.range(length // C, (length + C - 1) // C, num_stages=STAGES):
         S = _scan_step(S, i, length % C, start, chunk, hv, hk, v0, q, k, v, gates, Y, P, o, h, q_tma, k_tma,
-                       v_tma, Y_tma, P_tma, q_token, k_token, v_token, HV, K, V, BK, BV, C, OUTPUT, DOT, True,
+                       v_tma, Y_tma, P_tma, q_token, k_token, v_token, HV, K, V, BK, BV, C, MODE, DOT, True,
                        False)  # fmt: skip
-    if OUTPUT:
+    if MODE != "states":
         _store_state(final + state, S, K, V - v0, V, BK, BV, (K != BK) or (V % BV != 0))
 
 
@@ -764,7 +771,8 @@ def _precision(dtype: torch.dtype, qk_l2norm: bool) -> tuple[str, str]:
 
 
 def _launch_chunks(
-    p: Problem, A_log: Tensor | None, dt_bias: Tensor | None, gates: Tensor, Y: Tensor, P: Tensor, o: Tensor,
+    p: Problem, A_log: Tensor | None, dt_bias: Tensor | None, gates: Tensor, Y: Tensor, P: Tensor,
+    o: Tensor | None,
     scale: float, qk_l2norm: bool, beta_scale: float, invert: bool,
 ) -> None:  # fmt: skip
     dot, merge = _precision(p.q.dtype, qk_l2norm)
@@ -836,8 +844,8 @@ def _launch_scan(
         _scan_kernel[(tiles,)](
             p.q, p.k, p.v, gates, Y, P, initial, final, o, h, *descriptors, p.cu, p.first_chunk, p.length,
             *p.q.stride()[:2], *p.k.stride()[:2], *p.v.stride()[:2], **p.constants, BV=config.BV,
-            INITIAL=initial is not None, OUTPUT=h is None, DOT=dot, TMA=descriptors[0] is not None,
-            STAGES=config.stages, num_warps=config.warps,
+            INITIAL=initial is not None, MODE="output" if h is None else "states", DOT=dot,
+            TMA=descriptors[0] is not None, STAGES=config.stages, num_warps=config.warps,
         )  # fmt: skip
 
 
@@ -974,3 +982,37 @@ def backward(
     if A_log is not None and dt_bias is not None:
         dA_log, ddt_bias = dA_log.to(A_log.dtype), ddt_bias.to(dt_bias.dtype)
     return dq, dk, dv, dg, dbeta, dA_log, ddt_bias, d_initial
+
+
+def transition(
+    k: Tensor, g: Tensor, beta: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, cu_seqlens: Tensor | None,
+    qk_l2norm: bool, beta_scale: float, chunk_size: int,
+) -> Tensor:  # fmt: skip
+    """Return each sequence's transition M [S, HV, K, K] (fp32): it takes a state S to M S + what its own values add.
+
+    With forward's final state from no initial one, M sums up a whole range of chunks, so that ranges (documents of one
+    stream, shards of one document on several cards) can be walked apart and put together afterwards. A gradient of the
+    final state goes back as M^T dS.
+    """
+    batch, length, _, K = k.shape
+    heads = g.shape[2]
+    if K % 16:
+        K16 = _cdiv(K, 16) * 16
+        k = _padded(k, K16)
+        M = transition(k, g, beta, A_log, dt_bias, cu_seqlens, qk_l2norm, beta_scale, chunk_size)
+        return M[..., :K, :K].contiguous()
+    values = k.new_empty(K).expand(batch, length, heads, K)  # for its shape: nothing reads it
+    p = _problem(k, k, values, g, beta, cu_seqlens, chunk_size)
+    gates_shape, Y_shape = saved_shapes(batch, length, heads, None if p.cu is None else p.num_sequences, chunk_size)
+    gates = torch.empty(gates_shape, dtype=torch.float32, device=k.device)
+    Y = torch.empty(Y_shape, dtype=k.dtype, device=k.device)
+    _launch_chunks(p, A_log, dt_bias, gates, Y, torch.empty_like(Y), None, 1.0, qk_l2norm, beta_scale, True)
+    M = torch.empty(p.num_sequences, heads, K, K, dtype=torch.float32, device=k.device)
+    config = _scan_config(p)._replace(tma=False)
+    if tiles := _tiles(p, config):
+        _scan_kernel[(tiles,)](
+            p.q, p.k, p.k, gates, Y, None, None, M, M, None, *[None] * 5, p.cu, p.first_chunk, p.length,
+            *p.q.stride()[:2], *p.k.stride()[:2], 0, 0, **p.constants, BV=config.BV, INITIAL=False, MODE="transition",
+            DOT=_precision(k.dtype, True)[0], TMA=False, STAGES=config.stages, num_warps=config.warps,
+        )  # fmt: skip
+    return M
