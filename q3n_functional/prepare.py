@@ -115,7 +115,7 @@ def start(config: TrainConfig, newest: Path | None, words: Tokenizer | None, dev
 def _initial(config: TrainConfig, words: Tokenizer | None, device: torch.device) -> Checkpoint:
     c, files = config.model, {}
     if words is not None:
-        files = {"tokenizer.json": words.to_str().encode()}
+        files = tokenizer.files(words)
         if c.eos_token_id is None:
             c = dataclasses.replace(c, eos_token_id=words.token_to_id(tokenizer.END))
     return Checkpoint(init(c, config.seed, device=device), c, {}, Extras({}, files))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -64,6 +65,18 @@ def num_bytes(tokenizer: Tokenizer, ids: NDArray[np.integer]) -> int:
     block = 1 << 20  # bounds the memory that a long text takes as Python integers
     texts = (tokenizer.decode(ids[i : i + block].tolist()) for i in range(0, len(ids), block))
     return sum(len(text.encode()) for text in texts)
+
+
+def files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """The tokenizer as files of a Hugging Face folder."""
+    # Without the class, transformers takes Qwen's own, whose splitting of words overrides tokenizer.json's.
+    about: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    if tokenizer.token_to_id(END) is not None:
+        about["eos_token"] = END
+    return {
+        "tokenizer.json": tokenizer.to_str().encode(),
+        "tokenizer_config.json": json.dumps(about, indent=2).encode(),
+    }
 
 
 def stream(tokenizer: Tokenizer, ids: Iterable[int], stop: Sequence[str] = ()) -> Iterator[str]:

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
 from q3n_functional import corpus, data, tokenizer
 from q3n_functional.corpus import Corpus
+from tests.configs import small
 
 TEXT = "To be, or not to be,\r\nthat is the question: naïve — 字 🙂 <|endoftext|>\n" * 40
 
@@ -54,6 +56,18 @@ def test_a_tokenizer_file_is_read_back(source, tmp_path):
     words.save(str(tmp_path / "tokenizer.json"))
     again = tokenizer.make(str(tmp_path / "tokenizer.json"), list, 300)
     assert again.to_str() == words.to_str()
+
+
+def test_transformers_reads_the_same_tokens(source, tmp_path):
+    words = tokenizer.make("bpe", lambda: corpus.blocks(source), 300)
+    for name, content in tokenizer.files(words).items():
+        (tmp_path / name).write_bytes(content)
+    small().to_json(tmp_path / "config.json")
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    text = "  To 12345 be,\n\n \t don't — naïve"
+    assert theirs(text).input_ids == tokenizer.encode(words, [text])[0]
+    assert theirs.decode(theirs(text).input_ids) == text
+    assert theirs.eos_token_id == words.token_to_id(tokenizer.END)
 
 
 def test_tokenizer_mistakes_are_named(tmp_path):

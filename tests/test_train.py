@@ -237,7 +237,7 @@ def test_a_run_leaves_metrics_curves_and_a_hugging_face_folder(finished):
     assert (finished / "run/loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((finished / "run/tensorboard").glob("events*"))
     assert {p.name for p in (finished / "run/step-10/model").iterdir()} == {
-        *("config.json", "model.safetensors", "tokenizer.json")
+        *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
     }
     assert checkpoint.load(finished / "run/step-10/model").config.eos_token_id == 0
     first, last = runs.rows(finished)[0], runs.rows(finished)[-1]
