@@ -182,6 +182,12 @@ class TestKernels:
         case = build(**options, dtype=dtype)
         assert_matches(kernel_outputs(*case), expected(*case), BOUNDS[dtype])
 
+    def test_tma_descriptors(self):
+        """16 bits and whole tiles: the scans then read through descriptors, but for the last chunk."""
+        documents = {"documents": [0, 64, 64, 130, 140], "length": 150}
+        case = build(key_dim=64, value_dim=64, chunk_size=64, dtype=torch.float16, **documents, **GATES)
+        assert_matches(kernel_outputs(*case), expected(*case), BOUNDS[torch.float16])
+
     @pytest.mark.skipif(INTERPRETED, reason="too slow there")
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("dims", HEAD_DIMS, ids=str)
