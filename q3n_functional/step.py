@@ -26,8 +26,14 @@ Update = Callable[[dict[str, Tensor], dict[str, Tensor], optim.State, Tensor], T
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is cuda where there is one, else cpu."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    """The device called `name`, "auto" being cuda where there is one, else cpu; ValueError for one that is not here."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError as error:
+        raise ValueError(f"device is {name!r}, it must be auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {name!r}, but torch sees no CUDA card here: use auto or cpu")
+    return device
 
 
 def missing_compiler(device: torch.device) -> str | None:

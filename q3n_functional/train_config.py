@@ -14,6 +14,7 @@ from typing import Any, Literal, get_type_hints
 import tyro
 
 from q3n_functional.config import PRESETS, Config
+from q3n_functional.generate import check_sampling
 from q3n_functional.optim import OptimizerConfig
 
 
@@ -175,17 +176,38 @@ def _option(key: str, value: object) -> list[str]:
     return [f"--{key}={value}"]
 
 
+LEAST = {
+    "steps": 1,
+    "batch_size": 1,
+    "accumulate": 1,
+    "seq_len": 2,
+    "seed": 0,
+    "optimizer.lr": 0,
+    "optimizer.warmup_steps": 0,
+    "optimizer.weight_decay": 0,
+    "optimizer.clip_norm": 0,
+    "output.validate_every": 0,
+    "output.validation_batches": 1,
+    "output.save_every": 0,
+    "output.keep": 1,
+    "output.sample.max_new_tokens": 0,
+}
+FRACTIONS = ("optimizer.beta1", "optimizer.beta2", "optimizer.momentum", "data.validation_fraction")
+
+
 def _check(c: TrainConfig) -> None:
-    least = {"steps": 1, "batch_size": 1, "accumulate": 1, "seq_len": 2, "output.keep": 1, "output.validate_every": 0,
-             "output.save_every": 0, "output.validation_batches": 1, "seed": 0}  # fmt: skip
-    values = flatten(c)
-    for name, low in least.items():
-        if values[name] < low:
+    values, sample = flatten(c), c.output.sample
+    for name, low in LEAST.items():
+        if not values[name] >= low:
             raise ValueError(f"{name} is {values[name]}, it must be at least {low}")
-    if not 0 <= c.data.validation_fraction < 1:
-        raise ValueError(f"data.validation_fraction is {c.data.validation_fraction}, it must be in [0, 1)")
+    for name in FRACTIONS:
+        if not 0 <= values[name] < 1:
+            raise ValueError(f"{name} is {values[name]}, it must be in [0, 1)")
     if c.seed >= 1 << 32:
         raise ValueError(f"seed is {c.seed}, it must be below 2**32")
+    if sample.max_new_tokens and not sample.prompt:
+        raise ValueError("output.sample.prompt is empty: a sample continues a text, so give one, such as a line break")
+    check_sampling(sample.temperature, sample.top_k, sample.top_p)
 
 
 def flatten(config: TrainConfig) -> dict[str, Any]:

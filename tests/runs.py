@@ -1,9 +1,13 @@
 """Small training runs for tests."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
-from q3n_functional import train_config
+import pytest
+import torch
+
+from q3n_functional import checkpoint, data, params, train, train_config
 from q3n_functional.train_config import TrainConfig
 from tests.configs import small
 
@@ -35,3 +39,34 @@ def rows(folder: Path, name: str = "loss") -> list[float]:
     """What metrics.jsonl of the run says of `name`, step by step."""
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)[name] for line in lines]
+
+
+def run(folder: Path, *more: str, **model: object) -> Path:
+    """Trains, and returns the last checkpoint's folder."""
+    return train.train(config(folder, *more, **model))
+
+
+def interrupt_at(settings: TrainConfig, step: int, action: Callable[[], object]) -> None:
+    """Trains, and calls `action` when the batch of that step is asked for."""
+    batch = data.batch
+
+    def interrupted(reader: data.Reader, index: int, seed: int) -> data.Batch:
+        if index == step:
+            action()
+        return batch(reader, index, seed)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "batch", interrupted)
+        train.train(settings)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The parameters of checkpoint step-N by name."""
+    return params.named_leaves(checkpoint.load(folder / "model").params)
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    """Two checkpoints hold the same parameters, bit by bit."""
+    theirs = weights(b)
+    for name, tensor in weights(a).items():
+        assert torch.equal(tensor, theirs[name]), name

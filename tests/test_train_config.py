@@ -1,0 +1,66 @@
+"""TOML files and options."""
+
+import pytest
+
+from q3n_functional import train_config
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        ("stpes = 3", r"unknown key stpes: did you mean steps\?"),
+        ("[optimizer]\nlearning_rate = 3", r"unknown key optimizer\.learning_rate: known are beta1"),
+        (
+            "[model.rope_parameters]\nrope_thetta = 1.0",
+            r"unknown key model\.rope_parameters\.rope_thetta: did you",
+        ),
+        ("optimizer = 3", r"optimizer is 3, it must be a table"),
+        ("[steps]\na = 3", r"steps is .*, it must be a value"),
+        ("steps = ", r"run\.toml is not TOML"),
+        ("steps = 0", r"steps is 0, it must be at least 1"),
+        ("[data]\nvalidation_fraction = 1.0", r"validation_fraction is 1\.0, it must be in \[0, 1\)"),
+        ("preset = 'huge'", r"preset is 'huge': neither a file nor one of qwen3_next_80b_a3b, tiny"),
+        ("seed = 4294967296", r"seed is 4294967296"),
+        ("[optimizer]\nbeta2 = 1.0", r"optimizer\.beta2 is 1\.0, it must be in \[0, 1\)"),
+        ("[optimizer]\nlr = nan", r"optimizer\.lr is nan, it must be at least 0"),
+        ("[output.sample]\ntop_p = 0.0", r"top_p must be above 0"),
+        ("[output.sample]\nmax_new_tokens = 3\nprompt = ''", r"output\.sample\.prompt is empty"),
+    ],
+)
+def test_toml_files_are_strict(tmp_path, toml, message):
+    needed = {"run": '"r"', "steps": "1", "batch_size": "1", "seq_len": "8"}
+    head = "".join(f"{key} = {value}\n" for key, value in needed.items() if key not in toml)
+    path = tmp_path / "run.toml"
+    path.write_text(head + (toml if toml.startswith("[data]") else toml + "\n[data]") + '\nsource = "a.txt"\n')
+    with pytest.raises(ValueError, match=message):
+        train_config.parse([str(path)])
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--steps=many", "--steps"),
+        ("--model.linear-num-value-heads=3", "linear_num_value_heads is 3"),
+        ("--stesp=3", "--steps"),
+    ],
+)
+def test_a_bad_option_ends_in_a_usage_message(capsys, option, message):
+    with pytest.raises(SystemExit, match="2"):
+        train_config.parse(["--run=r", "--steps=1", "--batch-size=1", "--seq-len=8", "--data.source=a.txt", option])
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_line_wins_over_the_file(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(
+        'run = "r"\nsteps = 5\nbatch_size = 1\nseq_len = 8\ncompile = false\n'
+        '[data]\nsource = "a.txt"\n[model]\nhidden_size = 64\nmlp_only_layers = [1, 2]\nnorm_topk_prob = false\n'
+        "eos_token_id = 3\nintermediate_size = 8\n"
+    )
+    config = train_config.parse([str(path), "--steps", "7", "--model.hidden-size=32", "--optimizer.name=muon"])
+    assert (config.steps, config.model.hidden_size, config.compile) == (7, 32, False)
+    assert config.model.mlp_only_layers == (1, 2)
+    assert config.model.norm_topk_prob is False
+    assert config.model.eos_token_id == 3
+    assert config.optimizer.name == "muon"
+    assert config.model.num_experts == train_config.PRESETS["tiny"]().num_experts
