@@ -41,7 +41,7 @@ def test_toml_files_are_strict(tmp_path, toml, message):
     [
         ("--steps=many", "--steps"),
         ("--model.linear-num-value-heads=3", "linear_num_value_heads is 3"),
-        ("--stesp=3", "--steps"),
+        ("--stesp=3", "Unrecognized options: --stesp=3"),
     ],
 )
 def test_a_bad_option_ends_in_a_usage_message(capsys, option, message):
