@@ -50,8 +50,8 @@ def gated_delta_rule(
     scale: of the queries, K ** -0.5 where None. qk_l2norm: x / sqrt(sum(x^2) + 1e-6) on q and k first.
 
     Returns o [B, T, H, V] in v's dtype and the final state [S, H, K, V]; both carry gradients, to the initial state
-    too. Tokens after cu_seqlens[-1] give zeros, in gradients as well. Saved for backward: the inputs, the decays
-    summed within chunks (4 bytes a token and head) and a [C] row of the inverse (C elements a token and head).
+    too. Tokens after cu_seqlens[-1] give zeros, in gradients as well. Saved for backward: the inputs, vectors of
+    the gates (28 bytes a token and head) and a row of the inverse (C elements of v's dtype a token and head).
 
     Raises ValueError for shapes or dtypes that do not fit. Second derivatives and forward mode are not implemented.
     """
@@ -149,8 +149,12 @@ def _fake_recurrent(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor
 
 def _fake_chunked(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Outputs:
     chunk_size, dtype = rest[-1], wide(v.dtype)
-    inverse = v.new_empty(*v.shape[:3], chunk_size, dtype=v.dtype if v.device.type == "cuda" else dtype)
-    return (*_fake_recurrent(q, k, v, *rest), v.new_empty(v.shape[:3], dtype=dtype), inverse)
+    gates, inverse = reference.saved_shapes(v, rest[5], chunk_size)
+    return (
+        *_fake_recurrent(q, k, v, *rest),
+        v.new_empty(gates, dtype=dtype),
+        v.new_empty(inverse, dtype=v.dtype if v.device.type == "cuda" else dtype),
+    )
 
 
 def _fake_backward(do: Tensor | None, dstate: Tensor | None, *rest: Any) -> Outputs:
@@ -163,16 +167,16 @@ _chunked_op = define(
     f"({_TENSORS}, {_SCALARS}, int chunk_size, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.forward,
     fake=_fake_chunked,
-    kernel=None,
+    kernel="gated_delta_rule:forward",
 )
 _backward = gradient(
     define(
         "gated_delta_rule_backward",
-        f"(Tensor? do, Tensor? dfinal_state, {_TENSORS}, Tensor g_cumsum, Tensor inverse, {_SCALARS}, int chunk_size, "
+        f"(Tensor? do, Tensor? dfinal_state, {_TENSORS}, Tensor gates, Tensor inverse, {_SCALARS}, int chunk_size, "
         "str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
         reference=reference.backward,
         fake=_fake_backward,
-        kernel=None,
+        kernel="gated_delta_rule:backward",
     )
 )
 
@@ -208,8 +212,8 @@ def _recurrent_backward(ctx: Any, do: Tensor | None, dstate: Tensor | None) -> t
     if do is None and dstate is None:
         return (None,) * 13
     tensors, chunked = ctx.saved_tensors, (*ctx.scalars, 64, ctx.impl)
-    _, _, g_cumsum, inverse = _chunked(*tensors, *chunked)
-    gradients = _backward(do, dstate, *tensors, g_cumsum, inverse, *chunked)
+    _, _, gates, inverse = _chunked(*tensors, *chunked)
+    gradients = _backward(do, dstate, *tensors, gates, inverse, *chunked)
     return (*_input_gradients(tensors, gradients), None, None, None, None, None)
 
 
@@ -219,7 +223,7 @@ _recurrent = differentiable(
         f"({_TENSORS}, {_SCALARS}, str impl) -> (Tensor, Tensor)",
         reference=reference.recurrent,
         fake=_fake_recurrent,
-        kernel=None,
+        kernel="recurrent_gated_delta_rule:recurrent_forward",
     ),
     _recurrent_context,
     _recurrent_backward,

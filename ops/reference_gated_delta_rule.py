@@ -72,6 +72,20 @@ def _widen(tensors: tuple[Tensor, ...], cu_seqlens: Tensor | None) -> list[Tenso
     return [x.to(dtype).masked_fill(outside.view(batch, length, *[1] * (x.ndim - 2)), 0) for x in tensors]
 
 
+def num_chunks(batch: int, length: int, num_documents: int | None, chunk_size: int) -> int:
+    """Chunks that are laid out: exact for rows, an upper bound that depends on shapes only for documents."""
+    if num_documents is None:
+        return batch * -(-length // chunk_size)
+    return -(-(batch * length) // chunk_size) + num_documents
+
+
+def saved_shapes(v_BTHV: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of what forward saves, by chunks: vectors of the gates, which only the kernels use, and the inverse."""
+    batch, length, heads, _ = v_BTHV.shape
+    num = num_chunks(batch, length, None if cu_seqlens is None else cu_seqlens.shape[0] - 1, chunk_size)
+    return (num, heads, 7, chunk_size), (num, heads, chunk_size, chunk_size)
+
+
 # Tokens to chunks and back.
 
 
@@ -219,7 +233,7 @@ def forward(
     beta_scale: float,
     chunk_size: int,
 ) -> Outputs:
-    """o, final state, decays summed within chunks [B, T, H], and the inverse A by rows [B, T, H, C]."""
+    """o, the final state, zeros in place of the kernels' gate vectors, and the inverse A; see `saved_shapes`."""
     tokens = Inputs(*_widen((q, k, v, g, beta), cu_seqlens))
     x, chunks, _ = _prepare(tokens, A_log, dt_bias, cu_seqlens, qk_l2norm, beta_scale, chunk_size)
     decays = _decays(x.g)
@@ -229,13 +243,23 @@ def forward(
     states, _, U, final = _scan(x, decays, inverse, chunks, state)
     P = scale * decays.pairs * (x.q @ x.k.mT)
     o = scale * decays.start * (x.q @ states) + P @ U
-    saved = inverse.to(v.dtype) if v.is_cuda else inverse
-    return (
-        _scatter(o, chunks, v).to(v.dtype),
-        final[:-1].clone(),
-        _scatter(x.g.cumsum(-1), chunks, v).contiguous(),
-        _scatter(saved, chunks, v).contiguous(),
-    )
+    return _scatter(o, chunks, v).to(v.dtype), final[:-1].clone(), *_saved(inverse, v, cu_seqlens)
+
+
+def _saved(inverse_RMHCC: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    gates, chunks = saved_shapes(v, cu_seqlens, inverse_RMHCC.shape[-1])
+    saved = inverse_RMHCC.new_zeros(chunks, dtype=v.dtype if v.is_cuda else inverse_RMHCC.dtype)
+    used = inverse_RMHCC.flatten(0, 1)[: chunks[0]]
+    saved[: used.shape[0]] = used
+    return inverse_RMHCC.new_zeros(gates), saved
+
+
+def _restored(saved: Tensor, x: Inputs) -> Tensor:
+    """The inverse [R, M, H, C, C] from what `_saved` made of it."""
+    rows, chunks = x.v.shape[:2]
+    inverse = x.v.new_zeros(rows * chunks, *saved.shape[1:])
+    inverse[: saved.shape[0]] = saved[: rows * chunks]
+    return inverse.view(rows, chunks, *saved.shape[1:])
 
 
 def _prepare(
@@ -268,7 +292,7 @@ def backward(
     dt_bias: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-    g_cumsum: Tensor,
+    gates: Tensor,
     inverse: Tensor,
     scale: float,
     qk_l2norm: bool,
@@ -278,7 +302,7 @@ def backward(
     """Gradients of q, k, v, g, beta, A_log, dt_bias and the initial state; empty for those that are None."""
     tokens = Inputs(*_widen((q, k, v, g, beta), cu_seqlens))
     x, chunks, active = _prepare(tokens, A_log, dt_bias, cu_seqlens, qk_l2norm, beta_scale, chunk_size)
-    decays, A = _decays(x.g), _gather(inverse.to(x.v.dtype), chunks)
+    decays, A = _decays(x.g), _restored(inverse, x)
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     sizes = (sequences, v.shape[2], q.shape[3], v.shape[3])
     states, W, U, _ = _scan(x, decays, A, chunks, _initial(initial_state, x.v, *sizes))

@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 
+from q3n_functional.ops.reference_gated_delta_rule import saved_shapes
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 runs_here = [
@@ -219,10 +221,30 @@ class TestKernels:
         for options in (CASES["documents"], CASES["a chunk and one"]):
             _, tensors, scalars = build(**options)
             *_, gates, Y = kernels().forward(*tensors, *scalars)
-            num = None if tensors[8] is None else tensors[8].shape[0] - 1
-            assert (gates.shape, Y.shape) == kernels().saved_shapes(*tensors[2].shape[:3], num, scalars[3])
+            assert (gates.shape, Y.shape) == saved_shapes(tensors[2], tensors[8], scalars[3])
             assert torch.isfinite(gates).all()
             assert torch.isfinite(Y).all()
+
+    @pytest.mark.parametrize("options", ["whole chunks", "documents", "no states"])
+    def test_through_the_op(self, options):
+        """Fakes, shapes of what is saved, and gradients are right for the kernels as for the reference."""
+        _, tensors, scalars = build(**CASES[options])
+        leaves = [x if x is None or not x.is_floating_point() else x.nan_to_num().requires_grad_() for x in tensors]
+        for op, arguments in (
+            (torch.ops.q3n.gated_delta_rule.default, (*leaves, *scalars)),
+            (torch.ops.q3n.recurrent_gated_delta_rule.default, (*leaves, *scalars[:3])),
+        ):
+            torch.library.opcheck(op, (*arguments, "triton"))
+            found, wanted = (self.gradients(op, leaves, (*arguments, impl)) for impl in ("triton", "reference"))
+            for x, y in zip(found, wanted, strict=True):
+                assert (x - y).norm() <= 1e-4 * y.norm()
+
+    @staticmethod
+    def gradients(op, leaves, arguments):
+        o, state, *_ = op(*arguments)
+        return torch.autograd.grad(
+            o.square().sum() + state.sum(), [x for x in leaves if x is not None and x.requires_grad]
+        )
 
     @pytest.mark.parametrize(
         ("options", "text"),

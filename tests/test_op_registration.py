@@ -196,7 +196,7 @@ q3n::gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tenso
     Tensor? initial_state, Tensor? cu_seqlens, float scale, bool qk_l2norm, float beta_scale, int chunk_size,
     str impl) -> (Tensor, Tensor, Tensor, Tensor)
 q3n::gated_delta_rule_backward(Tensor? do, Tensor? dfinal_state, Tensor q, Tensor k, Tensor v, Tensor g,
-    Tensor beta, Tensor? A_log, Tensor? dt_bias, Tensor? initial_state, Tensor? cu_seqlens, Tensor g_cumsum,
+    Tensor beta, Tensor? A_log, Tensor? dt_bias, Tensor? initial_state, Tensor? cu_seqlens, Tensor gates,
     Tensor inverse, float scale, bool qk_l2norm, float beta_scale, int chunk_size, str impl) -> (Tensor,
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)
 q3n::grouped_swiglu(Tensor x, Tensor ends, Tensor gate, Tensor up, Tensor down, str impl) -> Tensor

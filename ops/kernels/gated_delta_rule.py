@@ -34,8 +34,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from q3n_functional.ops.reference_gated_delta_rule import num_chunks, saved_shapes
+from q3n_functional.ops.registration import UnsupportedError
+
 CHUNK_SIZES = (16, 32, 64)
 MAX_HEAD_DIM = 256
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 NUM_SMS = 132  # of the card that the configurations below were measured on
 
 
@@ -706,38 +710,28 @@ def _power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def num_chunks(batch: int, length: int, num_documents: int | None, chunk_size: int) -> int:
-    """Chunks that are laid out: exact for rows, an upper bound that depends on shapes only for documents."""
-    if num_documents is None:
-        return batch * _cdiv(length, chunk_size)
-    return _cdiv(batch * length, chunk_size) + num_documents
-
-
-def saved_shapes(
-    batch: int, length: int, value_heads: int, num_documents: int | None, chunk_size: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of what forward saves: the gates' vectors (fp32) and Y (v's dtype)."""
-    n = num_chunks(batch, length, num_documents, chunk_size)
-    return (n, value_heads, 7, chunk_size), (n, value_heads, chunk_size, chunk_size)
-
-
 def _flat(x: Tensor) -> Tensor:
     """[B, T, ...] as [B * T, ...], a view where strides allow it, with a contiguous last dim."""
     x = x.flatten(0, 1)
     return x if x.ndim == 2 or x.stride(-1) == 1 else x.contiguous()
 
 
+def check_heads(q: Tensor, v: Tensor) -> None:
+    """Raise UnsupportedError for head dims or dtypes that no kernel here is made for."""
+    if max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
+        raise UnsupportedError(
+            f"head dims {q.shape[-1]} and {v.shape[-1]}: the Triton kernels take at most {MAX_HEAD_DIM}"
+        )
+    if v.dtype not in DTYPES:
+        raise UnsupportedError(f"v is {v.dtype}: the Triton kernels take bf16, fp16 and fp32")
+
+
 def _problem(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu: Tensor | None, chunk_size: int) -> Problem:
     batch, length, key_heads, K = q.shape
     value_heads, V = v.shape[2:]
     if chunk_size not in CHUNK_SIZES:
-        raise ValueError(f"chunk_size {chunk_size} is not one of {CHUNK_SIZES}, the sizes that the Triton kernels have")
-    if max(K, V) > MAX_HEAD_DIM:
-        raise ValueError(f"head dims {K} and {V}: the Triton kernels take at most {MAX_HEAD_DIM}")
-    if value_heads % key_heads:
-        raise ValueError(f"{value_heads} value heads are not a multiple of {key_heads} key heads")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k and v have dtypes {q.dtype}, {k.dtype} and {v.dtype}; the kernels take one")
+        raise UnsupportedError(f"chunk_size {chunk_size} is not one of {CHUNK_SIZES}, which the Triton kernels have")
+    check_heads(q, v)
     num_documents = None if cu is None else cu.shape[0] - 1
     total = batch * length
     chunks = num_chunks(batch, length, num_documents, chunk_size)
@@ -892,7 +886,7 @@ def forward(
         return o[..., :V].contiguous(), final[..., :K, :V].contiguous(), gates, Y
     p = _problem(q, k, v, g, beta, cu_seqlens, chunk_size)
     batch, length, heads = v.shape[:3]
-    gates_shape, Y_shape = saved_shapes(batch, length, heads, None if p.cu is None else p.num_sequences, chunk_size)
+    gates_shape, Y_shape = saved_shapes(v, cu_seqlens, chunk_size)
     gates = torch.empty(gates_shape, dtype=torch.float32, device=v.device)
     Y = torch.empty(Y_shape, dtype=v.dtype, device=v.device)
     P = torch.empty_like(Y)
@@ -1003,7 +997,7 @@ def transition(
         return M[..., :K, :K].contiguous()
     values = k.new_empty(K).expand(batch, length, heads, K)  # for its shape: nothing reads it
     p = _problem(k, k, values, g, beta, cu_seqlens, chunk_size)
-    gates_shape, Y_shape = saved_shapes(batch, length, heads, None if p.cu is None else p.num_sequences, chunk_size)
+    gates_shape, Y_shape = saved_shapes(values, cu_seqlens, chunk_size)
     gates = torch.empty(gates_shape, dtype=torch.float32, device=k.device)
     Y = torch.empty(Y_shape, dtype=k.dtype, device=k.device)
     _launch_chunks(p, A_log, dt_bias, gates, Y, torch.empty_like(Y), None, 1.0, qk_l2norm, beta_scale, True)

@@ -7,12 +7,12 @@ import triton.language as tl
 from torch import Tensor
 
 from q3n_functional.ops.kernels.gated_delta_rule import (
-    MAX_HEAD_DIM,
     _cdiv,
     _flat,
     _log_decay,
     _power_of_2,
     _step_size,
+    check_heads,
 )
 
 
@@ -71,10 +71,9 @@ def recurrent_forward(
     initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float, qk_l2norm: bool, beta_scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return o and the final state (fp32)."""
+    check_heads(q, v)
     batch, length, key_heads, K = q.shape
     heads, V = v.shape[2:]
-    if max(K, V) > MAX_HEAD_DIM:
-        raise ValueError(f"head dims {K} and {V}: the Triton kernels take at most {MAX_HEAD_DIM}")
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     o = torch.empty(batch, length, heads, V, dtype=v.dtype, device=v.device)
     final = torch.empty(sequences, heads, K, V, dtype=torch.float32, device=v.device)
