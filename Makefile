@@ -8,7 +8,7 @@ ONE_THREAD := OMP_NUM_THREADS=1
 .PHONY: run test check clean
 
 run: $(STAMP)
-	$(ONE_THREAD) $(BIN)/q3n train examples/tiny.toml
+	$(ONE_THREAD) $(BIN)/q3n train examples/tiny.toml --resume
 
 test: $(STAMP)
 	$(ONE_THREAD) $(BIN)/python -m pytest
