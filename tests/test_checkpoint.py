@@ -6,7 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from folders import (
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from q3n_functional import checkpoint
+from q3n_functional.checkpoint import Extras, load, save
+from q3n_functional.params import init, named_leaves
+from q3n_functional.shards import read_header, write_file
+from tests.folders import (
     A_LOG,
     EMBEDDING,
     HEAD,
@@ -20,12 +26,6 @@ from folders import (
     without,
     write_folder,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from q3n_functional import checkpoint
-from q3n_functional.checkpoint import Extras, load, save
-from q3n_functional.params import init, named_leaves
-from q3n_functional.shards import read_header, write_file
 
 FP32_LEAVES = ("A_log", "dt_bias", "mixer.norm")
 

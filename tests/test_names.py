@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from folders import A_LOG, EMBEDDING, HEAD, QKVZ, on_disk, small, write_folder
 
 from q3n_functional.checkpoint import load
 from q3n_functional.config import qwen3_next_80b_a3b
 from q3n_functional.names import sources
 from q3n_functional.params import named_leaves, named_specs
+from tests.folders import A_LOG, EMBEDDING, HEAD, QKVZ, on_disk, small, write_folder
 
 
 def test_published_model_has_the_published_tensors():

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from folders import on_disk, small, two_shards, write_folder
 from safetensors.torch import save_file
 
 from q3n_functional.checkpoint import load
 from q3n_functional.shards import DTYPES, Entry, write_file
+from tests.folders import on_disk, small, two_shards, write_folder
 
 
 def test_our_writer_writes_the_bytes_of_the_library(tmp_path):
