@@ -75,7 +75,7 @@ def _documents(tokens_BT: Tensor, cu_seqlens: Tensor | None) -> packing.Document
 
 
 def functions(config: TrainConfig, shape: Config, device: torch.device) -> tuple[Loss, Update]:
-    """The two functions of a step for a model of `shape`, compiled where that is possible and pays."""
+    """The two functions of a step for a model of `shape`, compiled where there is a compiler."""
     loss = make_loss(config, shape)
     update: Update = partial(optim.update_, groups=optim.groups(shape, config.optimizer), optimizer=config.optimizer)
     reason = missing_compiler(device) if config.compile else "compile is false"
@@ -83,8 +83,7 @@ def functions(config: TrainConfig, shape: Config, device: torch.device) -> tuple
         logger.info("running eagerly: %s", reason)
         return loss, update
     compile_ = partial(torch.compile, fullgraph=True, dynamic=False)
-    # On the CPU torch's fused AdamW is one kernel as it is; compiled it takes 25 s to build and is slower.
-    return compile_(loss), update if device.type == "cpu" else compile_(update)
+    return compile_(loss), compile_(update)
 
 
 def gradients(
