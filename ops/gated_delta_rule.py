@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from q3n_functional.ops import reference_gated_delta_rule as reference
+from q3n_functional.ops.chunks import saved_shapes
 from q3n_functional.ops.registration import Impl, Outputs, check_documents, define, differentiable, gradient, wide
 
 
@@ -149,7 +150,7 @@ def _fake_recurrent(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor
 
 def _fake_chunked(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Outputs:
     chunk_size, dtype = rest[-1], wide(v.dtype)
-    gates, inverse = reference.saved_shapes(v, rest[5], chunk_size)
+    gates, inverse = saved_shapes(v, rest[5], chunk_size)
     return (
         *_fake_recurrent(q, k, v, *rest),
         v.new_empty(gates, dtype=dtype),

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from q3n_functional.ops.chunks import Chunks, chunk_table, gather, saved_shapes, scatter
 from q3n_functional.ops.registration import Outputs, wide
 
 # The options that the op folds in: normalisation, decay and sigmoid.
@@ -70,85 +71,6 @@ def _widen(tensors: tuple[Tensor, ...], cu_seqlens: Tensor | None) -> list[Tenso
     batch, length = tensors[0].shape[:2]
     outside = (torch.arange(batch * length, device=cu_seqlens.device) >= cu_seqlens[-1]).view(batch, length)
     return [x.to(dtype).masked_fill(outside.view(batch, length, *[1] * (x.ndim - 2)), 0) for x in tensors]
-
-
-def num_chunks(batch: int, length: int, num_documents: int | None, chunk_size: int) -> int:
-    """Chunks that are laid out: exact for rows, an upper bound that depends on shapes only for documents."""
-    if num_documents is None:
-        return batch * -(-length // chunk_size)
-    return -(-(batch * length) // chunk_size) + num_documents
-
-
-def saved_shapes(v_BTHV: Tensor, cu_seqlens: Tensor | None, chunk_size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of what forward saves, by chunks: vectors of the gates, which only the kernels use, and the inverse."""
-    batch, length, heads, _ = v_BTHV.shape
-    num = num_chunks(batch, length, None if cu_seqlens is None else cu_seqlens.shape[0] - 1, chunk_size)
-    return (num, heads, 7, chunk_size), (num, heads, chunk_size, chunk_size)
-
-
-# Tokens to chunks and back.
-
-
-class Chunks(NamedTuple):
-    """Which tokens make up which chunk. A chunk belongs to one sequence and starts at a multiple of C in it.
-
-    token: [R, M, C] into the B*T tokens, or B*T where the chunk has ended. sequence: [R, M], or S for a chunk without
-    tokens. first, last: [R, M], whether the chunk opens or closes its sequence.
-    """
-
-    token: Tensor
-    sequence: Tensor
-    first: Tensor
-    last: Tensor
-
-
-def _row_chunks(batch: int, length: int, size: int, device: torch.device) -> Chunks:
-    num = max(-(-length // size), 1)
-    position = torch.arange(num * size, device=device).view(num, size)
-    row = torch.arange(batch, device=device)
-    token = torch.where(position < length, row[:, None, None] * length + position, batch * length)
-    number = torch.arange(num, device=device).expand(batch, num)
-    return Chunks(token, row[:, None].expand(batch, num), number == 0, number == num - 1)
-
-
-def _document_chunks(cu_seqlens: Tensor, tokens: int, size: int) -> Chunks:
-    cu_seqlens = cu_seqlens.long()
-    documents = cu_seqlens.shape[0] - 1
-    ends = ((cu_seqlens.diff() + size - 1) // size).cumsum(0)
-    padded = torch.cat([ends.new_zeros(1), ends])
-    # A count that the device holds would cost a wait; there the static bound serves.
-    num = max(int(padded[-1]), 1) if ends.device.type == "cpu" else -(-tokens // size) + documents
-    chunk = torch.arange(num, device=cu_seqlens.device)
-    sequence = torch.searchsorted(ends, chunk, right=True)
-    local = chunk - padded[sequence]
-    bounds = torch.cat([cu_seqlens, cu_seqlens[-1:]])
-    token = bounds[sequence, None] + local[:, None] * size + torch.arange(size, device=cu_seqlens.device)
-    token = torch.where(token < bounds[sequence + 1, None], token, tokens)
-    last = torch.cat([padded[1:], padded[-1:]])[sequence] == chunk + 1
-    return Chunks(token[None], sequence[None], (local == 0)[None], last[None])
-
-
-def _chunks(x_BT: Tensor, cu_seqlens: Tensor | None, size: int) -> Chunks:
-    batch, length = x_BT.shape[:2]
-    if cu_seqlens is None:
-        return _row_chunks(batch, length, size, x_BT.device)
-    return _document_chunks(cu_seqlens, batch * length, size)
-
-
-def _gather(x_BTH: Tensor, chunks: Chunks) -> Tensor:
-    """[B, T, H, ...] to [R, M, H, C, ...], zeros behind the end of a sequence."""
-    flat = x_BTH.flatten(0, 1)
-    padded = torch.cat([flat, flat.new_zeros(1, *flat.shape[1:])])
-    return padded[chunks.token].transpose(2, 3)
-
-
-def _scatter(x_RMHC: Tensor, chunks: Chunks, like_BT: Tensor) -> Tensor:
-    """The inverse of `_gather`, with zeros for the tokens outside every sequence."""
-    batch, length = like_BT.shape[:2]
-    x = x_RMHC.transpose(2, 3)
-    flat = x.new_zeros(batch * length + 1, *x.shape[3:])
-    flat[chunks.token] = x
-    return flat[:-1].view(batch, length, *x.shape[3:])
 
 
 # The rule on chunks: [R, M, H, C, ...].
@@ -243,7 +165,7 @@ def forward(
     states, _, U, final = _scan(x, decays, inverse, chunks, state)
     P = scale * decays.pairs * (x.q @ x.k.mT)
     o = scale * decays.start * (x.q @ states) + P @ U
-    return _scatter(o, chunks, v).to(v.dtype), final[:-1].clone(), *_saved(inverse, v, cu_seqlens)
+    return scatter(o, chunks, v).to(v.dtype), final[:-1].clone(), *_saved(inverse, v, cu_seqlens)
 
 
 def _saved(inverse_RMHCC: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -273,9 +195,9 @@ def _prepare(
 ) -> tuple[Inputs, Chunks, Inputs]:
     """The rule's inputs by chunks with q and k repeated to value heads, the chunks, and the inputs by tokens."""
     active = _activate(*tokens, A_log, dt_bias, qk_l2norm, beta_scale)
-    chunks = _chunks(tokens.v, cu_seqlens, chunk_size)
+    chunks = chunk_table(tokens.v, cu_seqlens, chunk_size)
     heads = tokens.v.shape[2]
-    q, k, v, g, beta = (_gather(x, chunks) for x in active)
+    q, k, v, g, beta = (gather(x, chunks) for x in active)
     # A chunk's padding must neither decay nor correct the state, whatever the gates make of zeros.
     return Inputs(_to_value_heads(q, heads), _to_value_heads(k, heads), v, g, beta), chunks, active
 
@@ -306,12 +228,12 @@ def backward(
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     sizes = (sequences, v.shape[2], q.shape[3], v.shape[3])
     states, W, U, _ = _scan(x, decays, A, chunks, _initial(initial_state, x.v, *sizes))
-    do_RMHCV = torch.zeros_like(x.v) if do is None else _gather(do.to(x.v.dtype), chunks)
+    do_RMHCV = torch.zeros_like(x.v) if do is None else gather(do.to(x.v.dtype), chunks)
     dstates, Z, dinitial = _scan_back(x, decays, A, chunks, do_RMHCV, _initial(dfinal_state, x.v, *sizes), scale=scale)
     grads = _chunk_gradients(x, decays, do_RMHCV, states, dstates, W, U, Z, scale)
     key_heads = q.shape[2]
     dq, dk = (_to_key_heads(d, key_heads) for d in (grads.q, grads.k))
-    dactive = Inputs(*(_scatter(d, chunks, v) for d in (dq, dk, *grads[2:])))
+    dactive = Inputs(*(scatter(d, chunks, v) for d in (dq, dk, *grads[2:])))
     dtokens, dA_log, ddt_bias = _activate_backward(dactive, tokens, active, A_log, dt_bias, qk_l2norm, beta_scale)
     first = (d.to(p.dtype).contiguous() for d, p in zip(dtokens, (q, k, v, g, beta), strict=True))
     last = (dA_log, ddt_bias, None if initial_state is None else dinitial[:-1].clone())
@@ -426,5 +348,5 @@ def recurrent(
         S = S + k_t.mT @ (x.beta[:, t, ..., None] * (x.v[:, t] - k_t @ S))
         outputs.append(scale * (x.q[:, t] @ S))
         final[sequence] = S
-    o = _scatter(torch.stack(outputs, 1), chunks, v)
+    o = scatter(torch.stack(outputs, 1), chunks, v)
     return o.to(v.dtype), final[:-1].clone()

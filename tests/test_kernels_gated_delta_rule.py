@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from q3n_functional.ops.reference_gated_delta_rule import saved_shapes
+from q3n_functional.ops.chunks import saved_shapes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -34,7 +34,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from q3n_functional.ops.reference_gated_delta_rule import num_chunks, saved_shapes
+from q3n_functional.ops.chunks import num_chunks, saved_shapes
 from q3n_functional.ops.registration import UnsupportedError
 
 CHUNK_SIZES = (16, 32, 64)
