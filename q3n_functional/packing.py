@@ -71,17 +71,15 @@ def documents_from_mask(mask_BT: Tensor) -> Documents:
 
 def shift(values_BT: Tensor, documents: Documents | None, by: int, fill: int) -> Tensor:
     """`values[b, t + by]` where that is a valid token of the same document as `t`, else `fill`."""
-    moved = torch.cat([values_BT[:, by:], values_BT.new_full((values_BT.shape[0], by), fill)], 1)[
-        :, : values_BT.shape[1]
-    ]
-    if documents is None:
-        return moved
-    return torch.where(same_document(documents, by), moved, fill)
+    later_BT = _later(values_BT, by, fill)
+    return later_BT if documents is None else torch.where(same_document(documents, by), later_BT, fill)
 
 
 def same_document(documents: Documents, by: int) -> Tensor:
     """bool [B, T]: whether `t + by` is a valid token of the document that the valid token `t` belongs to."""
-    segments, valid = documents.segment_ids_BT, documents.valid_BT
-    later = torch.cat([segments[:, by:], segments.new_full((segments.shape[0], by), -1)], 1)[:, : segments.shape[1]]
-    later_valid = torch.cat([valid[:, by:], valid.new_zeros((valid.shape[0], by))], 1)[:, : valid.shape[1]]
-    return (later == segments) & valid & later_valid
+    segments_BT, valid_BT = documents.segment_ids_BT, documents.valid_BT
+    return (_later(segments_BT, by, -1) == segments_BT) & valid_BT & _later(valid_BT, by, 0)
+
+
+def _later(values_BT: Tensor, by: int, fill: int) -> Tensor:
+    return torch.nn.functional.pad(values_BT, (0, by), value=fill)[:, by:]
