@@ -1,8 +1,7 @@
 """The layers of Qwen3-Next as functions of their parameters.
 
 Letters: B batch, T time, D model width, S keys that a query may see, H query or value heads, G key/value heads,
-N key heads of linear attention, K head dim, V value dim, R half of the rotated dims, E experts, J experts a token,
-M = B*T*J routed tokens.
+N key heads of linear attention, K head dim, V value dim, R half of the rotated dims.
 """
 
 from __future__ import annotations
@@ -11,18 +10,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, scaled_dot_product_attention, silu
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 from q3n_functional import packing, params, rotary
 from q3n_functional.cache import KeyValues, LinearState
 from q3n_functional.config import Config
-from q3n_functional.ops import (
-    causal_conv,
-    gated_delta_rule,
-    grouped_swiglu,
-    recurrent_gated_delta_rule,
-    rms_norm_gated,
-)
+from q3n_functional.feed_forward import RouterStatistics, mixture_of_experts, swiglu
+from q3n_functional.ops import causal_conv, gated_delta_rule, recurrent_gated_delta_rule, rms_norm_gated
 from q3n_functional.ops.registration import wide
 from q3n_functional.packing import Documents
 
@@ -41,14 +35,6 @@ class Context(NamedTuple):
     mask_BTS: Tensor | None
     valid_BT: Tensor | None
     positions_BT: Tensor | None
-
-
-class RouterStatistics(NamedTuple):
-    """Sums over valid tokens of one or more layers: assignments to each expert, probabilities, and the tokens."""
-
-    assignments_E: Tensor
-    probabilities_E: Tensor
-    tokens: Tensor
 
 
 def context(
@@ -176,54 +162,6 @@ def _rotated(x_BTHK: Tensor, weight_K: Tensor, context: Context, config: Config)
 def _written(cached_BSGK: Tensor, new_BTGK: Tensor, positions_BT: Tensor) -> Tensor:
     index = positions_BT.long()[..., None, None].expand(-1, -1, *new_BTGK.shape[2:])
     return cached_BSGK.scatter(1, index, new_BTGK)
-
-
-def swiglu(p: params.SwiGLU, x_BTD: Tensor) -> Tensor:
-    """`down(silu(gate x) * up x)` (Shazeer 2020)."""
-    return linear(silu(linear(x_BTD, p.gate)) * linear(x_BTD, p.up), p.down)
-
-
-def mixture_of_experts(
-    p: params.MixtureOfExperts, x_BTD: Tensor, valid_BT: Tensor | None, *, config: Config
-) -> tuple[Tensor, RouterStatistics]:
-    """Top-J routed experts, none of whose tokens are dropped, beside a shared expert with a scalar sigmoid gate.
-
-    The router works in fp32. `valid_BT` says which tokens its statistics count.
-    """
-    x_TD = x_BTD.flatten(0, 1)
-    precise = wide(x_TD.dtype)
-    probabilities_TE = linear(x_TD.to(precise), p.router.to(precise)).softmax(-1)
-    weights_TJ, experts_TJ = probabilities_TE.topk(config.num_experts_per_tok)
-    if config.norm_topk_prob:
-        weights_TJ = weights_TJ / weights_TJ.sum(-1, keepdim=True)
-    routed_TD = _routed(p.experts, x_TD, weights_TJ.to(x_TD.dtype), experts_TJ)
-    shared_TD = torch.sigmoid(linear(x_TD, p.shared_expert_gate)) * swiglu(p.shared_expert, x_TD)
-    statistics = _router_statistics(probabilities_TE, experts_TJ, valid_BT)
-    return (routed_TD + shared_TD).view(x_BTD.shape), statistics
-
-
-def _routed(p: params.SwiGLU, x_TD: Tensor, weights_TJ: Tensor, experts_TJ: Tensor) -> Tensor:
-    per_token = experts_TJ.shape[1]
-    order_M = experts_TJ.flatten().argsort(stable=True)
-    ends_E = _counts(experts_TJ, p.gate.shape[0], None).cumsum(0).to(torch.int32)
-    y_MD = grouped_swiglu(x_TD[order_M // per_token], ends_E, p.gate, p.up, p.down)
-    back_M = torch.empty_like(order_M).scatter(0, order_M, torch.arange(order_M.shape[0], device=order_M.device))
-    return (y_MD[back_M].view(*experts_TJ.shape, -1) * weights_TJ[..., None]).sum(1)
-
-
-def _counts(experts_TJ: Tensor, num_experts: int, valid_T: Tensor | None) -> Tensor:
-    ones = torch.ones_like(experts_TJ) if valid_T is None else valid_T.long()[:, None].expand_as(experts_TJ)
-    return ones.new_zeros(num_experts).scatter_add(0, experts_TJ.flatten(), ones.flatten())
-
-
-def _router_statistics(probabilities_TE: Tensor, experts_TJ: Tensor, valid_BT: Tensor | None) -> RouterStatistics:
-    num_tokens, num_experts = probabilities_TE.shape
-    valid_T = None if valid_BT is None else valid_BT.flatten()
-    assignments_E = _counts(experts_TJ, num_experts, valid_T).to(probabilities_TE.dtype)
-    if valid_T is None:
-        return RouterStatistics(assignments_E, probabilities_TE.sum(0), assignments_E.new_full((), num_tokens))
-    kept = valid_T.to(probabilities_TE.dtype)
-    return RouterStatistics(assignments_E, kept @ probabilities_TE, kept.sum())
 
 
 def decoder_layer(

@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from q3n_functional.cache import Cache, KeyValues, LinearState
 from q3n_functional.config import Config
-from q3n_functional.layers import Context, RouterStatistics, context, decoder_layer, rms_norm
+from q3n_functional.feed_forward import RouterStatistics
+from q3n_functional.layers import Context, context, decoder_layer, rms_norm
 from q3n_functional.ops.registration import wide
 from q3n_functional.packing import IGNORE, Documents, same_document, shift
 from q3n_functional.params import MultiTokenPrediction, Parameters

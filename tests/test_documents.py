@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 
-from q3n_functional.layers import RouterStatistics
+from q3n_functional.feed_forward import RouterStatistics
 from q3n_functional.model import (
     count_targets,
     forward,

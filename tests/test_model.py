@@ -9,6 +9,7 @@ import torch.utils._pytree as pytree
 from torch.nn.functional import cross_entropy
 
 from q3n_functional import layers, params
+from q3n_functional.feed_forward import RouterStatistics
 from q3n_functional.model import forward, head, hidden_states, loss, multi_token_prediction
 from q3n_functional.params import named_leaves
 from tests.configs import perturbed, slower, small, trainable
@@ -79,7 +80,7 @@ def test_load_balancing_is_pooled_over_all_routers_and_the_predictions_own():
     _, extra = multi_token_prediction(tree.mtp, tree.embed_tokens, h, tokens, config=config)
     assert trunk.tokens == 2 * 40
     assert extra.tokens == 38  # the last token of a row has no next one to be shown
-    pooled = layers.RouterStatistics(*map(torch.add, trunk, extra))
+    pooled = RouterStatistics(*map(torch.add, trunk, extra))
     f, mean = pooled.assignments_E / 118, pooled.probabilities_E / 118
     assert f.sum() == config.num_experts_per_tok
     torch.testing.assert_close(value, 8 * (f * mean).sum())
