@@ -6,6 +6,8 @@ N key heads of linear attention, K head dim, V value dim, R half of the rotated 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from q3n_functional import packing, params, rotary
-from q3n_functional.cache import KeyValues, LinearState
+from q3n_functional.cache import KeyValues, LinearState, State, Tentative
 from q3n_functional.config import Config
 from q3n_functional.feed_forward import RouterStatistics, mixture_of_experts, swiglu
 from q3n_functional.ops import causal_conv, gated_delta_rule, recurrent_gated_delta_rule, rms_norm_gated
@@ -26,7 +28,8 @@ class Context(NamedTuple):
 
     documents: None where each row is one. cos_BTR, sin_BTR: of the rotated dims, fp32. mask_BTS: which keys each query
     sees, None for the plain causal triangle. valid_BT: which tokens the router's statistics count, None for all.
-    positions_BT: where the cache takes new keys and values, None without a cache.
+    slots: where the cache takes each token's keys and values, None without a cache. tentative: whether linear layers
+    return a `Tentative` state.
     """
 
     documents: Documents | None
@@ -34,13 +37,34 @@ class Context(NamedTuple):
     sin_BTR: Tensor
     mask_BTS: Tensor | None
     valid_BT: Tensor | None
-    positions_BT: Tensor | None
+    slots: Slots | None = None
+    tentative: bool = False
+
+
+class Slots(NamedTuple):
+    """Where a cache takes keys and values: row and position of every token, and which token to write there.
+
+    rows_BT, positions_BT: int64. tokens_BT: the token's index in the flattened batch; None where each is its own. A
+    token that is padding repeats another's entry, or has index -1 and leaves its place alone.
+    """
+
+    rows_BT: Tensor
+    positions_BT: Tensor
+    tokens_BT: Tensor | None = None
 
 
 def context(
-    tokens_BT: Tensor, documents: Documents | None, lengths_B: Tensor | None, capacity: int, config: Config
+    tokens_BT: Tensor,
+    documents: Documents | None,
+    lengths_N: Tensor | None,
+    capacity: int,
+    config: Config,
+    tentative: bool = False,
 ) -> Context:
-    """The `Context` of a batch: packed or padded with `documents`, continuing sequences with `lengths_B` [B]."""
+    """The `Context` of a batch, packed or padded with `documents`.
+
+    With `lengths_N`, the tokens in a cache of that capacity, the batch continues its sequences: row b, or document n.
+    """
     if documents is not None:
         if documents.positions_BT.shape != tokens_BT.shape:
             raise ValueError(
@@ -49,21 +73,51 @@ def context(
             )
         positions, totals = documents.positions_BT, packing.lengths(documents)
         mask: Tensor | None = _document_mask(documents)
+        slots = None
+        if lengths_N is not None:
+            rows, before = _rows(documents, lengths_N)
+            positions, totals = positions + before, totals + before
+            mask, slots = (
+                _packed_cache_mask(rows, positions, lengths_N, capacity),
+                _packed_slots(documents, rows, positions),
+            )
     else:
-        positions, totals, mask = _row_positions(tokens_BT, lengths_B, capacity)
+        positions, totals, mask, slots = _row_positions(tokens_BT, lengths_N, capacity)
     cos, sin = rotary.cos_sin(
         positions, totals, config.head_dim, config.max_position_embeddings, config.rope_parameters
     )
     valid = None if documents is None else documents.valid_BT
-    return Context(documents, cos, sin, mask, valid, None if lengths_B is None else positions)
+    return Context(documents, cos, sin, mask, valid, slots, tentative)
 
 
-def _row_positions(tokens_BT: Tensor, lengths_B: Tensor | None, capacity: int) -> tuple[Tensor, Tensor, Tensor | None]:
+def _row_positions(
+    tokens_BT: Tensor, lengths_B: Tensor | None, capacity: int
+) -> tuple[Tensor, Tensor, Tensor | None, Slots | None]:
     positions = torch.arange(tokens_BT.shape[1], dtype=torch.int32, device=tokens_BT.device).expand(tokens_BT.shape)
     if lengths_B is None:
-        return positions, positions[:, -1:] + 1, None
+        return positions, positions[:, -1:] + 1, None, None
     positions = positions + lengths_B[:, None]
-    return positions, positions[:, -1:] + 1, _cache_mask(positions, capacity)
+    rows = torch.arange(tokens_BT.shape[0], device=tokens_BT.device)[:, None].expand(tokens_BT.shape)
+    return positions, positions[:, -1:] + 1, _cache_mask(positions, capacity), Slots(rows, positions.long())
+
+
+def _rows(documents: Documents, lengths_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Each token's row of the cache and the tokens already in that row; of the last row on padding."""
+    rows_BT = documents.segment_ids_BT.clamp(max=lengths_N.shape[0] - 1).long()
+    return rows_BT, lengths_N[rows_BT]
+
+
+def _packed_cache_mask(rows_BT: Tensor, positions_BT: Tensor, lengths_N: Tensor, capacity: int) -> Tensor:
+    mine_BTN = rows_BT[..., None] == torch.arange(lengths_N.shape[0], device=rows_BT.device)
+    return (mine_BTN[..., None] & _cache_mask(positions_BT, capacity)[:, :, None]).flatten(2)
+
+
+def _packed_slots(documents: Documents, rows_BT: Tensor, positions_BT: Tensor) -> Slots:
+    # Padding writes the last valid token's entry once more: equal values need no order.
+    tokens = torch.arange(rows_BT.numel(), device=rows_BT.device).view(rows_BT.shape)
+    tokens = torch.minimum(tokens, documents.cu_seqlens[-1] - 1)
+    rows, positions = (x.flatten()[tokens].long() for x in (rows_BT, positions_BT))
+    return Slots(rows, positions.where(tokens >= 0, 0), tokens)
 
 
 def _document_mask(documents: Documents) -> Tensor:
@@ -85,50 +139,63 @@ def rms_norm(x_BTD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 def gated_delta_net(
     p: params.LinearAttention, x_BTD: Tensor, context: Context, state: LinearState | None, *, config: Config
-) -> tuple[Tensor, LinearState]:
+) -> tuple[Tensor, LinearState | Tentative]:
     """Linear attention: projections, short convolution, gated delta rule, gated norm (Yang et al. 2024).
 
     `state` is what the sequences left behind before these tokens, zeros where None. Returns [B, T, D] and the state
     behind the last token of every sequence.
     """
-    c, cu_seqlens = config, None if context.documents is None else context.documents.cu_seqlens
-    qkv_BTC = linear(x_BTD, torch.cat([p.q, p.k, p.v]))
-    taps = torch.cat([p.conv_q, p.conv_k, p.conv_v])
-    qkv_BTC, conv = causal_conv(qkv_BTC, taps, None if state is None else state.conv, cu_seqlens)
-    q, k, v = qkv_BTC.split([p.q.shape[0], p.k.shape[0], p.v.shape[0]], dim=-1)
-    q_BTNK, k_BTNK = (_heads(x, c.linear_key_head_dim) for x in (q, k))
-    o_BTHV, recurrent = _delta_rule(p, x_BTD, q_BTNK, k_BTNK, _heads(v, c.linear_value_head_dim), cu_seqlens, state, c)
-    z_BTHV = _heads(linear(x_BTD, p.z), c.linear_value_head_dim)
-    y = rms_norm_gated(o_BTHV, z_BTHV, p.norm, c.rms_norm_eps)
-    return linear(y.flatten(2), p.out), LinearState(conv, recurrent)
+    cu_seqlens = None if context.documents is None else context.documents.cu_seqlens
+    qkv_BTC, a_BTH, b_BTH = linear(x_BTD, torch.cat([p.q, p.k, p.v])), linear(x_BTD, p.a), linear(x_BTD, p.b)
+    o_BTHV, new = _delta_rule(p, qkv_BTC, a_BTH, b_BTH, cu_seqlens, state, config, recurrent=context.tentative)
+    z_BTHV = _heads(linear(x_BTD, p.z), config.linear_value_head_dim)
+    y_BTD = linear(rms_norm_gated(o_BTHV, z_BTHV, p.norm, config.rms_norm_eps).flatten(2), p.out)
+    return y_BTD, Tentative(state, qkv_BTC, a_BTH, b_BTH) if context.tentative and state is not None else new
 
 
 def _delta_rule(
     p: params.LinearAttention,
-    x_BTD: Tensor,
-    q_BTNK: Tensor,
-    k_BTNK: Tensor,
-    v_BTHV: Tensor,
+    qkv_BTC: Tensor,
+    a_BTH: Tensor,
+    b_BTH: Tensor,
     cu_seqlens: Tensor | None,
     state: LinearState | None,
     c: Config,
-) -> tuple[Tensor, Tensor]:
-    a, beta, beta_scale = linear(x_BTD, p.a), linear(x_BTD, p.b), 1.0
+    recurrent: bool = False,
+) -> tuple[Tensor, LinearState]:
+    """The convolution and the rule behind it: output [B, T, H, V] and the state behind the tokens."""
+    taps = torch.cat([p.conv_q, p.conv_k, p.conv_v])
+    qkv_BTC, conv = causal_conv(qkv_BTC, taps, None if state is None else state.conv, cu_seqlens)
+    q, k, v = qkv_BTC.split([p.q.shape[0], p.k.shape[0], p.v.shape[0]], dim=-1)
+    q_BTNK, k_BTNK = (_heads(x, c.linear_key_head_dim) for x in (q, k))
+    beta, beta_scale = b_BTH, 1.0
     if c.linear_attention_clip_val < 1:
         beta, beta_scale = torch.sigmoid(beta.to(wide(beta.dtype))).clamp(0, c.linear_attention_clip_val), 0.0
-    inputs = (q_BTNK, k_BTNK, v_BTHV, a, beta, None if state is None else state.recurrent, cu_seqlens)
-    if c.linear_attention_use_recurrent or x_BTD.shape[1] == 1:
-        return recurrent_gated_delta_rule(
-            *inputs, qk_l2norm=True, A_log=p.A_log, dt_bias=p.dt_bias, beta_scale=beta_scale
-        )
-    return gated_delta_rule(
-        *inputs,
-        qk_l2norm=True,
-        A_log=p.A_log,
-        dt_bias=p.dt_bias,
-        beta_scale=beta_scale,
-        chunk_size=c.linear_attention_chunk_size,
-    )
+    before = None if state is None else state.recurrent.to(wide(v.dtype))
+    rule: Callable[..., tuple[Tensor, Tensor]] = recurrent_gated_delta_rule
+    if not (c.linear_attention_use_recurrent or recurrent or qkv_BTC.shape[1] == 1):
+        rule = functools.partial(gated_delta_rule, chunk_size=c.linear_attention_chunk_size)
+    o_BTHV, after = rule(
+        q_BTNK, k_BTNK, _heads(v, c.linear_value_head_dim), a_BTH, beta, before, cu_seqlens,
+        qk_l2norm=True, A_log=p.A_log, dt_bias=p.dt_bias, beta_scale=beta_scale,
+    )  # fmt: skip
+    return o_BTHV, LinearState(conv, after if state is None else after.to(state.recurrent.dtype))
+
+
+def accept(p: params.LinearAttention, state: Tentative, counts_B: Tensor, *, config: Config) -> LinearState:
+    """The state behind the first `counts_B` of the tentative tokens of each sequence.
+
+    Only the rule runs again, over what the tokens brought, no matrix product: a step that keeps the state behind every
+    token would write as many states as there are tokens.
+    """
+    before, taken_BT = state.before, torch.arange(state.a_BTH.shape[1], device=counts_B.device) < counts_B[:, None]
+    # A decay of 1 and a beta of 0, both exactly: such a token leaves the state as it is.
+    a_BTH, b_BTH = (x.masked_fill(~taken_BT[..., None], -1e4) for x in (state.a_BTH, state.b_BTH))
+    _, after = _delta_rule(p, state.qkv_BTC, a_BTH, b_BTH, None, before, config, recurrent=True)
+    inputs_BCT = torch.cat([before.conv, state.qkv_BTC.mT], -1)
+    last_BW = counts_B.long()[:, None] + torch.arange(before.conv.shape[2], device=counts_B.device)
+    conv = inputs_BCT.gather(2, last_BW[:, None].expand(-1, inputs_BCT.shape[1], -1))
+    return LinearState(conv, after.recurrent)
 
 
 def _heads(x_BTC: Tensor, dim: int) -> Tensor:
@@ -145,11 +212,12 @@ def gated_attention(
     q_BTHK, gate_BTHK, k_BTGK, v_BTGK = (_heads(linear(x_BTD, w), config.head_dim) for w in (p.q, p.gate, p.k, p.v))
     q_BTHK = _rotated(q_BTHK, p.q_norm, context, config)
     k_BTGK = _rotated(k_BTGK, p.k_norm, context, config)
-    if state is not None and context.positions_BT is not None:
-        k_BTGK = _written(state.k, k_BTGK, context.positions_BT)
-        v_BTGK = _written(state.v, v_BTGK, context.positions_BT)
+    if state is not None and context.slots is not None:
+        k_BTGK, v_BTGK = _written(state.k, k_BTGK, context.slots), _written(state.v, v_BTGK, context.slots)
     mask = None if context.mask_BTS is None else context.mask_BTS[:, None]
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
+    if context.documents is not None and context.slots is not None:  # all rows are in reach, the mask leaves one
+        k, v = (x.flatten(0, 1).transpose(0, 1).expand(q.shape[0], -1, -1, -1) for x in (k_BTGK, v_BTGK))
     o_BHTK = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
     y_BTQ = (o_BHTK.transpose(1, 2) * torch.sigmoid(gate_BTHK)).flatten(2)
     return linear(y_BTQ, p.out), KeyValues(k_BTGK, v_BTGK)
@@ -159,19 +227,21 @@ def _rotated(x_BTHK: Tensor, weight_K: Tensor, context: Context, config: Config)
     return rotary.rotate(rms_norm(x_BTHK, weight_K, config.rms_norm_eps), context.cos_BTR, context.sin_BTR)
 
 
-def _written(cached_BSGK: Tensor, new_BTGK: Tensor, positions_BT: Tensor) -> Tensor:
-    index = positions_BT.long()[..., None, None].expand(-1, -1, *new_BTGK.shape[2:])
-    return cached_BSGK.scatter(1, index, new_BTGK)
+def _written(cached_NSGK: Tensor, new_BTGK: Tensor, slots: Slots) -> Tensor:
+    if slots.tokens_BT is not None:
+        old = cached_NSGK[slots.rows_BT, slots.positions_BT]
+        new_BTGK = torch.where(slots.tokens_BT[..., None, None] >= 0, new_BTGK.flatten(0, 1)[slots.tokens_BT], old)
+    return cached_NSGK.index_put((slots.rows_BT, slots.positions_BT), new_BTGK)
 
 
 def decoder_layer(
     p: params.DecoderLayer,
     x_BTD: Tensor,
     context: Context,
-    state: LinearState | KeyValues | None,
+    state: State | None,
     *,
     config: Config,
-) -> tuple[Tensor, LinearState | KeyValues, RouterStatistics | None]:
+) -> tuple[Tensor, State, RouterStatistics | None]:
     """Mixer, then feed-forward, each on the normalised residual. The statistics are None for a dense layer."""
     normed = rms_norm(x_BTD, p.input_layernorm, config.rms_norm_eps)
     mixed_BTD, new_state = _mixer(p.mixer, normed, context, state, config)
@@ -187,11 +257,11 @@ def _mixer(
     p: params.LinearAttention | params.FullAttention,
     x_BTD: Tensor,
     context: Context,
-    state: LinearState | KeyValues | None,
+    state: State | None,
     config: Config,
-) -> tuple[Tensor, LinearState | KeyValues]:
+) -> tuple[Tensor, State]:
     if isinstance(p, params.LinearAttention):
-        assert not isinstance(state, KeyValues)
+        assert state is None or isinstance(state, LinearState)
         return gated_delta_net(p, x_BTD, context, state, config=config)
-    assert not isinstance(state, LinearState)
+    assert state is None or isinstance(state, KeyValues)
     return gated_attention(p, x_BTD, context, state, config=config)

@@ -6,20 +6,22 @@ Letters: B batch, T time, D model width, V vocabulary, E experts.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding, linear
 from torch.utils.checkpoint import checkpoint
 
-from q3n_functional.cache import Cache, KeyValues, LinearState
+from q3n_functional import cache as caches
+from q3n_functional import layers
+from q3n_functional.cache import Cache, State, Tentative
 from q3n_functional.config import Config
 from q3n_functional.feed_forward import RouterStatistics
 from q3n_functional.layers import Context, context, decoder_layer, rms_norm
 from q3n_functional.ops.registration import wide
 from q3n_functional.packing import IGNORE, Documents, same_document, shift
-from q3n_functional.params import MultiTokenPrediction, Parameters
+from q3n_functional.params import LinearAttention, MultiTokenPrediction, Parameters
 
 
 class Metrics(NamedTuple):
@@ -38,14 +40,32 @@ def forward(params: Parameters, tokens_BT: Tensor, documents: Documents | None =
     return linear(h_BTD, head(params))
 
 
-def forward_cached(params: Parameters, tokens_BT: Tensor, cache: Cache, *, config: Config) -> tuple[Tensor, Cache]:
+def forward_cached(
+    params: Parameters, tokens_BT: Tensor, cache: Cache, documents: Documents | None = None, *, config: Config
+) -> tuple[Tensor, Cache]:
     """Logits [B, T, V] of tokens that continue the sequences of `cache`, and the cache behind them.
 
-    `cache` must have room for T more tokens; `q3n_functional.generate` checks that.
+    Row b continues sequence b; with `documents`, document n continues sequence n, and an empty one leaves it as it is.
+    `cache` must have room for the tokens; `q3n_functional.generate` checks that.
     """
-    h_BTD, _, new_cache = hidden_states(params, tokens_BT, None, cache, config=config)
+    h_BTD, _, new_cache = hidden_states(params, tokens_BT, documents, cache, config=config)
     assert new_cache is not None
     return linear(h_BTD, head(params)), new_cache
+
+
+def accept(params: Parameters, tentative: Cache, counts_B: Tensor, *, config: Config) -> Cache:
+    """The cache behind the first `counts_B` (int32 [B], 0 to T) of each sequence's T tentative tokens.
+
+    `tentative` is what `hidden_states(..., tentative=True)` returned. The cost is that of the linear layers' rule over
+    T tokens: nothing else runs again.
+    """
+    states = tuple(
+        layers.accept(cast(LinearAttention, p.mixer), state, counts_B, config=config)
+        if isinstance(state, Tentative)
+        else state
+        for p, state in zip(params.layers, tentative.layers, strict=True)
+    )
+    return Cache(states, tentative.lengths_B + counts_B)
 
 
 def head(params: Parameters) -> Tensor:
@@ -61,12 +81,39 @@ def hidden_states(
     *,
     config: Config,
     checkpoint_layers: bool = False,
+    tentative: bool = False,
 ) -> tuple[Tensor, RouterStatistics, Cache | None]:
     """The normalised output of the last layer [B, T, D], the routers' statistics, and the cache behind the tokens.
 
-    `checkpoint_layers` keeps only each layer's input for backward and computes the layer again there.
+    `checkpoint_layers` keeps only each layer's input for backward and computes the layer again there. With `tentative`
+    the cache is one that `accept` cuts to the tokens that stay.
     """
-    shared = _context(tokens_BT, documents, cache, config)
+    shared = _context(tokens_BT, documents, cache, config, tentative)
+    h_BTD, statistics, states = _through_layers(params, tokens_BT, shared, cache, config, checkpoint_layers)
+    return h_BTD, statistics, None if cache is None else _continued(cache, states, tokens_BT, documents, tentative)
+
+
+def prefill(
+    params: Parameters, tokens_BT: Tensor, documents: Documents, capacity: int, *, config: Config
+) -> tuple[Tensor, Cache]:
+    """Hidden states [B, T, D] of packed prompts, and the cache of all N of them with room for `capacity` tokens each.
+
+    The same as `hidden_states` with an empty cache; but attention reads the packed tokens alone, not N rows of a cache.
+    """
+    shared = _context(tokens_BT, documents, None, config, False)
+    h_BTD, _, states = _through_layers(params, tokens_BT, shared, None, config, False)
+    lengths_N = documents.cu_seqlens.diff()
+    return h_BTD, Cache(tuple(caches.unpacked(s, documents.cu_seqlens, capacity) for s in states), lengths_N)
+
+
+def _through_layers(
+    params: Parameters,
+    tokens_BT: Tensor,
+    shared: Context,
+    cache: Cache | None,
+    config: Config,
+    checkpoint_layers: bool,
+) -> tuple[Tensor, RouterStatistics, list[State]]:
     x_BTD, statistics, states = embedding(tokens_BT, params.embed_tokens), _no_statistics(params, config), []
     layer = functools.partial(decoder_layer, config=config)
     for i, p in enumerate(params.layers):
@@ -77,21 +124,30 @@ def hidden_states(
             x_BTD, new_state, new = layer(p, x_BTD, shared, state)
         statistics = _pooled(statistics, new)
         states.append(new_state)
-    h_BTD = rms_norm(x_BTD, params.norm, config.rms_norm_eps)
-    return h_BTD, statistics, _continued(cache, states, tokens_BT.shape[1])
+    return rms_norm(x_BTD, params.norm, config.rms_norm_eps), statistics, states
 
 
-def _context(tokens_BT: Tensor, documents: Documents | None, cache: Cache | None, config: Config) -> Context:
+def _context(
+    tokens_BT: Tensor, documents: Documents | None, cache: Cache | None, config: Config, tentative: bool
+) -> Context:
     if cache is None:
         return context(tokens_BT, documents, None, 0, config)
-    if documents is not None:
-        raise ValueError("a cache continues whole rows: documents cannot be given with it")
-    capacities = [state.k.shape[1] for state in cache.layers if isinstance(state, KeyValues)]
-    return context(tokens_BT, None, cache.lengths_B, capacities[0] if capacities else 0, config)
+    num, rows = len(cache.lengths_B), len(tokens_BT) if documents is None else len(documents.cu_seqlens) - 1
+    if num != rows:
+        raise ValueError(f"a cache of {num} sequences cannot be continued by {rows}: give each one row or document")
+    if tentative and documents is not None:
+        raise ValueError("tentative tokens lie in rows: documents cannot be given with them")
+    return context(tokens_BT, documents, cache.lengths_B, caches.capacity(cache) or 0, config, tentative)
 
 
-def _continued(cache: Cache | None, states: list[LinearState | KeyValues], length: int) -> Cache | None:
-    return None if cache is None else Cache(tuple(states), cache.lengths_B + length)
+def _continued(
+    cache: Cache, states: list[State], tokens_BT: Tensor, documents: Documents | None, tentative: bool
+) -> Cache:
+    if tentative:
+        return Cache(tuple(states), cache.lengths_B)
+    return Cache(
+        tuple(states), cache.lengths_B + (tokens_BT.shape[1] if documents is None else documents.cu_seqlens.diff())
+    )
 
 
 def _no_statistics(params: Parameters, config: Config) -> RouterStatistics:

@@ -7,8 +7,7 @@ import torch.utils._pytree as pytree
 from q3n_functional import cache as caches
 from q3n_functional.cache import Cache, KeyValues
 from q3n_functional.generate import advance, generate, sample
-from q3n_functional.model import forward, forward_cached, hidden_states
-from q3n_functional.packing import documents
+from q3n_functional.model import forward, forward_cached
 from q3n_functional.rotary import RopeParameters
 from tests.configs import perturbed, slower, small
 
@@ -106,53 +105,6 @@ def test_cached_bf16_has_the_dtypes_of_its_states():
     assert pytree.tree_map(lambda x: x.shape, after) == pytree.tree_map(lambda x: x.shape, before)
 
 
-@pytest.mark.parametrize("tokens_between", [1, 5])
-def test_later_steps_leave_an_old_cache_alone(tokens_between):
-    """So a cache is a snapshot: keep it to roll back, and to continue it twice."""
-    config = config_of()
-    tree, tokens = tree_of(config), random_tokens(2, LENGTH)
-    _, cache = run(tree, tokens[:, :8], empty(config), config=config)
-    kept = pytree.tree_map(torch.clone, cache)
-    other = random_tokens(2, tokens_between, seed=1)
-    _, rejected = forward_cached(tree, other, cache, config=config)
-    assert not torch.equal(rejected.layers[0].recurrent, cache.layers[0].recurrent)
-    assert all(map(torch.equal, pytree.tree_leaves(cache), pytree.tree_leaves(kept)))
-    expected, _ = run(tree, tokens[:, 8:], kept, config=config)
-    logits, _ = run(tree, tokens[:, 8:], cache, config=config)
-    assert torch.equal(logits, expected)
-    assert_near(logits, forward(tree, tokens, config=config)[:, 8:])
-
-
-ROWS = {"permuted": (2, 0, 1), "selected": (1,), "repeated": (0, 0, 1, 1, 2, 2)}
-
-
-@pytest.mark.parametrize("case", ROWS)
-def test_rows_of_a_cache(case):
-    """Beams and batches are rows of every leaf."""
-    config, rows = config_of(), torch.tensor(ROWS[case])
-    tree, tokens = tree_of(config), random_tokens(3, 12)
-    _, cache = run(tree, tokens, empty(config, 3), config=config)
-    chosen = pytree.tree_map(lambda leaf: leaf[rows], cache)
-    following = random_tokens(len(rows), 6, seed=1)
-    logits, _ = run(tree, following, chosen, 3, config=config)
-    whole = torch.cat([tokens[rows], following], 1)
-    assert_near(logits, forward(tree, whole, config=config)[:, 12:])
-
-
-def test_rows_of_different_lengths():
-    """Caches of prompts of several lengths, put together, go on side by side."""
-    config = config_of()
-    tree, prompts = tree_of(config), [random_tokens(1, n, seed=n) for n in (3, 11, 6)]
-    apart = [run(tree, prompt, empty(config, 1), config=config)[1] for prompt in prompts]
-    together = pytree.tree_map(lambda *leaves: torch.cat(leaves), *apart)
-    assert together.lengths_B.tolist() == [3, 11, 6]
-    following = random_tokens(3, 7, seed=1)
-    logits, _ = run(tree, following, together, 1, 2, 5, config=config)
-    for row, prompt in enumerate(prompts):
-        whole = torch.cat([prompt, following[row : row + 1]], 1)
-        assert_near(logits[row], forward(tree, whole, config=config)[0, prompt.shape[1] :])
-
-
 def test_gradients_pass_through_the_cache():
     config = config_of()
     tree = pytree.tree_map(lambda leaf: leaf.requires_grad_(), tree_of(config, torch.float64))
@@ -163,13 +115,6 @@ def test_gradients_pass_through_the_cache():
     actual, expected = (torch.autograd.grad((y * weights).sum(), pytree.tree_leaves(part)) for y in results)
     for a, b in zip(actual, expected, strict=True):
         assert_near(a, b, 1e-9)
-
-
-def test_a_cache_takes_whole_rows():
-    config = config_of()
-    docs = documents(torch.tensor([0, 3], dtype=torch.int32), 1, 3)
-    with pytest.raises(ValueError, match="a cache continues whole rows: documents cannot be given with it"):
-        hidden_states(tree_of(config), random_tokens(1, 3), docs, empty(config, 1), config=config)
 
 
 def test_text_is_that_of_the_forward_pass():
