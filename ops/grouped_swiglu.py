@@ -1,6 +1,7 @@
-"""SwiGLU of many experts over tokens that are sorted by expert.
+"""Routed experts: each token goes through a SwiGLU of each expert that was chosen for it, and the sum comes back.
 
-Letters: M routed tokens, D model width, E experts, F expert width.
+Letters: T tokens, D model width, J experts a token, M = T*J routed tokens (a slot each, t*J + j), E experts, F expert
+width. Sorted rows are slots in the order of their experts.
 """
 
 from __future__ import annotations
@@ -9,94 +10,162 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
 
 from q3n_functional.ops.registration import Impl, Outputs, define, differentiable, gradient, wide
 
 
 def grouped_swiglu(
-    x_MD: Tensor, ends_E: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, impl: Impl = "auto"
+    x_TD: Tensor,
+    experts_TJ: Tensor,
+    weights_TJ: Tensor,
+    gate_EFD: Tensor,
+    up_EFD: Tensor,
+    down_EDF: Tensor,
+    impl: Impl = "auto",
 ) -> Tensor:
-    """`down_e(silu(gate_e x) * up_e x)` for every token with its own expert e.
+    """`y[t] = sum_j weights[t, j] * down_e(silu(gate_e x[t]) * up_e x[t])` with `e = experts[t, j]`.
 
-    x_MD: [M, D], the tokens of expert 0 first, then of expert 1, and so on. ends_E: int32 [E], the row behind each
-    expert's last token; the last is M and an expert may have none. gate, up: [E, F, D]; down: [E, D, F]. All but
-    ends_E share a dtype. No token is dropped whatever the load. Saved for backward: the inputs.
+    x_TD: [T, D]. experts_TJ: int32 or int64 [T, J], each in [0, E): whoever chooses them sees to that, checking would
+    wait for the device. weights_TJ: [T, J], any floating dtype. gate, up: [E, F, D]; down: [E, D, F]. x, gate, up and
+    down share a dtype. Returns [T, D] in it. No token is dropped whatever the load; nothing waits for the device; only
+    experts with tokens are read, and the others get gradients of zero. Sums are fp32 (fp64 for fp64 inputs); rounded to
+    x's dtype are the pre-activations, the weighted activations, and each expert's output.
 
-    Raises ValueError for shapes or dtypes that do not fit.
+    Memory, in bytes a routed token at s bytes an element: saved for backward 2 F s + 4, the pre-activations and the
+    order, besides the inputs; else forward needs F s, backward 3 F s + F / 8 at most, and both D s for the outputs of
+    the experts, but of these never more than 512 MiB in all at widths above 128.
+
+    Raises ValueError for shapes or dtypes that do not fit. (Shazeer 2020, GLU variants; Gale et al. 2022, MegaBlocks:
+    dropless grouped products; Tan et al. 2024, ScatterMoE: gathering and scattering inside the products.)
     """
-    if gate_EFD.shape != up_EFD.shape or gate_EFD.mT.shape != down_EDF.shape or x_MD.shape[1:] != gate_EFD.shape[2:]:
+    _check(x_TD, experts_TJ, weights_TJ, gate_EFD, up_EFD, down_EDF)
+    y: Tensor = _grouped_swiglu(x_TD, experts_TJ, weights_TJ, gate_EFD, up_EFD, down_EDF, impl)[0]
+    return y
+
+
+def _check(x: Tensor, experts: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> None:
+    if gate.shape != up.shape or gate.mT.shape != down.shape or x.shape[1:] != gate.shape[2:]:
         raise ValueError(
-            "x must be [M, D], gate and up [E, F, D], down [E, D, F], got "
-            f"{', '.join(str(tuple(t.shape)) for t in (x_MD, gate_EFD, up_EFD, down_EDF))}"
+            "x must be [T, D], gate and up [E, F, D], down [E, D, F], got "
+            f"{', '.join(str(tuple(t.shape)) for t in (x, gate, up, down))}"
         )
-    if ends_E.shape != gate_EFD.shape[:1] or ends_E.dtype != torch.int32:
-        raise ValueError(f"ends must be int32 [{gate_EFD.shape[0]}], got {ends_E.dtype} {tuple(ends_E.shape)}")
-    dtypes = [t.dtype for t in (x_MD, gate_EFD, up_EFD, down_EDF)]
+    if experts.ndim != 2 or experts.shape[0] != x.shape[0] or experts.shape != weights.shape:
+        raise ValueError(
+            f"experts and weights must be [T, J] with the {x.shape[0]} tokens of x, got {tuple(experts.shape)} and "
+            f"{tuple(weights.shape)}"
+        )
+    if experts.dtype not in (torch.int32, torch.int64) or not weights.is_floating_point():
+        raise ValueError(f"experts must be int32 or int64, weights floating, got {experts.dtype} and {weights.dtype}")
+    dtypes = [t.dtype for t in (x, gate, up, down)]
     if len(set(dtypes)) > 1:
         raise ValueError(f"x, gate, up and down must share a dtype, got {', '.join(map(str, dtypes))}")
-    y: Tensor = _grouped_swiglu(x_MD, ends_E, gate_EFD, up_EFD, down_EDF, impl)
-    return y
 
 
-def _groups(ends_E: Tensor) -> list[tuple[int, slice]]:
-    """Each expert that has tokens, with the rows of those."""
+def _groups(order_M: Tensor, ends_E: Tensor) -> list[tuple[int, slice, Tensor]]:
+    """Each expert that has tokens: its number, its sorted rows, and their slots."""
     ends = ends_E.tolist()
-    starts = [0, *ends[:-1]]
-    return [(e, slice(a, b)) for e, (a, b) in enumerate(zip(starts, ends, strict=True)) if a < b]
+    rows = [slice(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+    return [(e, r, order_M[r].long()) for e, r in enumerate(rows) if r.start < r.stop]
 
 
-def _forward(x: Tensor, ends: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    y = x.new_empty(x.shape)
-    for e, rows in _groups(ends):
-        y[rows] = (silu(x[rows] @ gate[e].mT) * (x[rows] @ up[e].mT)) @ down[e].mT
-    return y
+def _sort(experts_TJ: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """The slots in the order of their experts [M], and the row behind each expert's last [E], both int32."""
+    sorted_M, order_M = experts_TJ.flatten().sort(stable=True)
+    numbers_E = torch.arange(num_experts, device=sorted_M.device, dtype=sorted_M.dtype)
+    return order_M.to(torch.int32), torch.searchsorted(sorted_M, numbers_E, right=True, out_int32=True)
 
 
-def _backward(dy: Tensor, x: Tensor, ends: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Outputs:
-    dx, (dgate, dup, ddown) = x.new_empty(x.shape), (torch.zeros_like(w) for w in (gate, up, down))
-    for e, rows in _groups(ends):
-        products = (x[rows] @ gate[e].mT, x[rows] @ up[e].mT, dy[rows] @ down[e])
-        a, b, dh = (y.to(wide(x.dtype)) for y in products)
+def _summed(y_MD: Tensor, shape_TJ: torch.Size) -> Tensor:
+    y_TJD = y_MD.view(*shape_TJ, y_MD.shape[1])
+    return y_TJD.sum(1, dtype=wide(y_MD.dtype)).to(y_MD.dtype)
+
+
+def _forward(x: Tensor, experts: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Outputs:
+    order, ends = _sort(experts, gate.shape[0])
+    y, hidden = x.new_empty(order.shape[0], x.shape[1]), x.new_empty(2, order.shape[0], gate.shape[1])
+    weights = weights.to(wide(x.dtype)).flatten()
+    for e, rows, slots in _groups(order, ends):
+        tokens = x[slots // experts.shape[1]]
+        hidden[0, rows], hidden[1, rows] = tokens @ gate[e].mT, tokens @ up[e].mT
+        a, b = hidden[:, rows].to(weights.dtype)
+        y[slots] = (a * torch.sigmoid(a) * b * weights[slots, None]).to(x.dtype) @ down[e].mT
+    return _summed(y, experts.shape), hidden, order, ends
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    hidden: Tensor,
+    order: Tensor,
+    ends: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+) -> Outputs:
+    dx, (dgate, dup, ddown) = x.new_empty(order.shape[0], x.shape[1]), (torch.zeros_like(w) for w in (gate, up, down))
+    w, dw = weights.to(wide(x.dtype)).flatten(), hidden.new_empty(order.shape, dtype=wide(x.dtype))
+    for e, rows, slots in _groups(order, ends):
+        tokens, dy_rows = (t[slots // weights.shape[1]] for t in (x, dy))
+        a, b, dh = (t.to(w.dtype) for t in (*hidden[:, rows], dy_rows @ down[e]))
         sigmoid = torch.sigmoid(a)
-        results = (dh * b * sigmoid * (1 + a * (1 - sigmoid)), dh * a * sigmoid, a * sigmoid * b)
-        da, db, h = (y.to(x.dtype) for y in results)
-        dx[rows] = da @ gate[e] + db @ up[e]
-        dgate[e], dup[e], ddown[e] = da.mT @ x[rows], db.mT @ x[rows], dy[rows].mT @ h
-    return dx, dgate, dup, ddown
+        h, scaled = a * sigmoid * b, dh * w[slots, None]
+        dw[slots] = (dh * h).sum(-1)
+        results = (scaled * b * sigmoid * (1 + a * (1 - sigmoid)), scaled * a * sigmoid, h * w[slots, None])
+        da, db, h = (t.to(x.dtype) for t in results)
+        dx[slots] = da @ gate[e] + db @ up[e]
+        dgate[e], dup[e], ddown[e] = da.mT @ tokens, db.mT @ tokens, dy_rows.mT @ h
+    dweights = dw.view(weights.shape).to(weights.dtype)
+    return _summed(dx, weights.shape), dweights, dgate, dup, ddown
+
+
+def _fake_forward(x: Tensor, experts: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Outputs:
+    slots = experts.shape[0] * experts.shape[1]
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(2, slots, gate.shape[1]),
+        experts.new_empty(slots, dtype=torch.int32),
+        experts.new_empty(gate.shape[0], dtype=torch.int32),
+    )
+
+
+def _fake_backward(dy: Tensor, x: Tensor, weights: Tensor, *rest: Tensor) -> Outputs:
+    return tuple(t.new_empty(t.shape) for t in (x, weights, *rest[-3:]))
 
 
 _grouped_swiglu_backward = gradient(
     define(
         "grouped_swiglu_backward",
-        "(Tensor dy, Tensor x, Tensor ends, Tensor gate, Tensor up, Tensor down, str impl) "
-        "-> (Tensor, Tensor, Tensor, Tensor)",
+        "(Tensor dy, Tensor x, Tensor weights, Tensor hidden, Tensor order, Tensor ends, Tensor gate, Tensor up, "
+        "Tensor down, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         reference=_backward,
-        fake=lambda dy, x, ends, gate, up, down: tuple(t.new_empty(t.shape) for t in (x, gate, up, down)),
-        kernel=None,
+        fake=_fake_backward,
+        kernel="grouped_swiglu:backward",
     )
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.impl = inputs
-    ctx.save_for_backward(*tensors)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, _, weights, gate, up, down, ctx.impl = inputs
+    ctx.save_for_backward(x, weights, *output[1:], gate, up, down)
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward_of_op(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward_of_op(ctx: Any, dy: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 6
-    dx, *dweights = _grouped_swiglu_backward(dy, *ctx.saved_tensors, ctx.impl)
-    return (dx, None, *dweights, None)
+        return (None,) * 7
+    dx, dweights, *dmatrices = _grouped_swiglu_backward(dy, *ctx.saved_tensors, ctx.impl)
+    return (dx, None, dweights, *dmatrices, None)
 
 
 _grouped_swiglu = differentiable(
     define(
         "grouped_swiglu",
-        "(Tensor x, Tensor ends, Tensor gate, Tensor up, Tensor down, str impl) -> Tensor",
+        "(Tensor x, Tensor experts, Tensor weights, Tensor gate, Tensor up, Tensor down, str impl) "
+        "-> (Tensor, Tensor, Tensor, Tensor)",
         reference=_forward,
-        fake=lambda x, ends, gate, up, down: x.new_empty(x.shape),
-        kernel=None,
+        fake=_fake_forward,
+        kernel="grouped_swiglu:forward",
     ),
     _setup_context,
     _backward_of_op,

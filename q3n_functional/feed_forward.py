@@ -1,7 +1,6 @@
 """What stands behind attention in every layer: a SwiGLU, or a mixture of many.
 
-Letters: B batch, T time (or all B*T tokens of a batch), D model width, E experts, J experts a token, M = B*T*J routed
-tokens.
+Letters: B batch, T time (or all B*T tokens of a batch), D model width, E experts, J experts a token.
 """
 
 from __future__ import annotations
@@ -44,19 +43,10 @@ def mixture_of_experts(
     weights_TJ, experts_TJ = probabilities_TE.topk(config.num_experts_per_tok)
     if config.norm_topk_prob:
         weights_TJ = weights_TJ / weights_TJ.sum(-1, keepdim=True)
-    routed_TD = _routed(p.experts, x_TD, weights_TJ.to(x_TD.dtype), experts_TJ)
+    routed_TD = grouped_swiglu(x_TD, experts_TJ, weights_TJ, *p.experts)
     shared_TD = torch.sigmoid(linear(x_TD, p.shared_expert_gate)) * swiglu(p.shared_expert, x_TD)
     statistics = _router_statistics(probabilities_TE, experts_TJ, valid_BT)
     return (routed_TD + shared_TD).view(x_BTD.shape), statistics
-
-
-def _routed(p: params.SwiGLU, x_TD: Tensor, weights_TJ: Tensor, experts_TJ: Tensor) -> Tensor:
-    per_token = experts_TJ.shape[1]
-    order_M = experts_TJ.flatten().argsort(stable=True)
-    ends_E = _counts(experts_TJ, p.gate.shape[0], None).cumsum(0).to(torch.int32)
-    y_MD = grouped_swiglu(x_TD[order_M // per_token], ends_E, p.gate, p.up, p.down)
-    back_M = torch.empty_like(order_M).scatter(0, order_M, torch.arange(order_M.shape[0], device=order_M.device))
-    return (y_MD[back_M].view(*experts_TJ.shape, -1) * weights_TJ[..., None]).sum(1)
 
 
 def _counts(experts_TJ: Tensor, num_experts: int, valid_T: Tensor | None) -> Tensor:

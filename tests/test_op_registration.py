@@ -98,13 +98,15 @@ def norm_vector_case(extent, dtype):
 
 
 def swiglu_case(extent, dtype):
-    shapes = [(extent, 3), (3, 2, 3), (3, 2, 3), (3, 3, 2)]
-    inputs = [random(*shape, dtype=dtype, seed=seed) for seed, shape in enumerate(shapes)]
+    wide, experts = registration.wide(dtype), torch.tensor([[0, 2], [2, 3], [3, 0]]).repeat(extent, 1)[:extent]
+    shapes = [(extent, 3), (4, 2, 3), (4, 2, 3), (4, 3, 2)]
+    x, *matrices = (random(*shape, dtype=dtype, seed=seed) for seed, shape in enumerate(shapes))
+    weights = random(extent, 2, dtype=wide, seed=4)
 
-    def call(x, *weights, where, **impl):
-        return (grouped_swiglu(x, where, *weights, **impl),)
+    def call(x, weights, *matrices, where, **impl):
+        return (grouped_swiglu(x, where, weights, *matrices, **impl),)
 
-    return Case(call, inputs, documents(extent + 1)[2:].contiguous())
+    return Case(call, [x, weights, *matrices], experts)
 
 
 CASES = {
@@ -199,9 +201,10 @@ q3n::gated_delta_rule_backward(Tensor? do, Tensor? dfinal_state, Tensor q, Tenso
     Tensor beta, Tensor? A_log, Tensor? dt_bias, Tensor? initial_state, Tensor? cu_seqlens, Tensor gates,
     Tensor inverse, float scale, bool qk_l2norm, float beta_scale, int chunk_size, str impl) -> (Tensor,
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)
-q3n::grouped_swiglu(Tensor x, Tensor ends, Tensor gate, Tensor up, Tensor down, str impl) -> Tensor
-q3n::grouped_swiglu_backward(Tensor dy, Tensor x, Tensor ends, Tensor gate, Tensor up, Tensor down, str impl)
+q3n::grouped_swiglu(Tensor x, Tensor experts, Tensor weights, Tensor gate, Tensor up, Tensor down, str impl)
     -> (Tensor, Tensor, Tensor, Tensor)
+q3n::grouped_swiglu_backward(Tensor dy, Tensor x, Tensor weights, Tensor hidden, Tensor order, Tensor ends,
+    Tensor gate, Tensor up, Tensor down, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor)
 q3n::recurrent_gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor?
     dt_bias, Tensor? initial_state, Tensor? cu_seqlens, float scale, bool qk_l2norm, float beta_scale, str
     impl) -> (Tensor, Tensor)
