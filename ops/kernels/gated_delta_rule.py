@@ -140,8 +140,8 @@ def _inverse_norm(x, NORMALISE: tl.constexpr):
 
 @triton.jit
 def _decay_matrix(c, i, j):
-    """exp(c_i - c_j) on and below the diagonal: an exponent is never positive, so nothing overflows."""
-    return tl.exp(tl.where(i >= j, c[:, None] - c[None, :], float("-inf")))
+    """exp2(c_i - c_j) on and below the diagonal: an exponent is never positive, so nothing overflows."""
+    return tl.exp2(tl.where(i >= j, c[:, None] - c[None, :], float("-inf")))
 
 
 @triton.jit
@@ -192,7 +192,7 @@ def _chunk_kernel(
     C: tl.constexpr, DOCUMENTS: tl.constexpr, ACTIVATE: tl.constexpr, SIGMOID: tl.constexpr,
     NORMALISE: tl.constexpr, INVERT: tl.constexpr, MERGE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Gates (rows c, beta, gam r_k, dec r_k, scale gam r_q, r_k, r_q), Y and P of one chunk and value head.
+    """Gates (rows c / ln 2, beta, gam r_k, dec r_k, scale gam r_q, r_k, r_q), Y and P of one chunk and value head.
 
     r_q and r_k are the inverse norms of the rows of q and k (or 1). INVERT False is backward's call: it needs P again.
     """
@@ -227,15 +227,15 @@ def _chunk_kernel(
         b = tl.load(beta + t * beta_token + hv * beta_head, mask=valid, other=0.0).to(tl.float32)
         x, _ = _log_decay(x, A_log, dt_bias, hv, ACTIVATE)
         b, _ = _step_size(b, beta_scale, SIGMOID)
-        tl.store(gates, tl.cumsum(tl.where(valid, x, 0.0), 0))
+        tl.store(gates, tl.cumsum(tl.where(valid, x, 0.0), 0) * 1.4426950408889634)  # exp2 is one instruction, exp five
         tl.store(gates + C, tl.where(valid, b, 0.0))
         tl.store(gates + 5 * C, _inverse_norm(kk, NORMALISE))
         tl.debug_barrier()
         c = tl.load(gates)
         r_k = tl.load(gates + 5 * C)
         last = tl.load(gates - r + C - 1)
-        tl.store(gates + 2 * C, tl.where(valid, tl.exp(c) * r_k, 0.0))
-        tl.store(gates + 3 * C, tl.where(valid, tl.exp(last - c) * r_k, 0.0))
+        tl.store(gates + 2 * C, tl.where(valid, tl.exp2(c) * r_k, 0.0))
+        tl.store(gates + 3 * C, tl.where(valid, tl.exp2(last - c) * r_k, 0.0))
         M = tl.dot(kk, tl.trans(kk), input_precision=DOT) * r_k[:, None] * r_k[None, :]
         M = tl.where(i > j, M * _decay_matrix(c, i, j), 0.0)
         core = _core_of_inverse(M, tl.load(gates + C), C, MERGE)
@@ -249,7 +249,7 @@ def _chunk_kernel(
     r_q = tl.load(gates + 6 * C)
     scores *= (scale * r_q)[:, None] * tl.load(gates + 5 * C)[None, :]
     if INVERT:
-        tl.store(gates + 4 * C, tl.where(valid, scale * tl.exp(c) * r_q, 0.0))
+        tl.store(gates + 4 * C, tl.where(valid, scale * tl.exp2(c) * r_q, 0.0))
     tl.store(P + matrix, (scores * _decay_matrix(c, i, j)).to(P.dtype.element_ty))
 
 
@@ -287,7 +287,7 @@ def _matrix(pointer, tile, descriptor, C: tl.constexpr, TMA: tl.constexpr):
 @triton.jit
 def _store_rows(pointer, row, stride, width, valid, x, C: tl.constexpr, B: tl.constexpr, RAGGED: tl.constexpr,
                 TAIL: tl.constexpr):  # fmt: skip
-    """The counterpart of _rows."""
+    """The counterpart of _rows, by pointer."""
     cols = tl.arange(0, B)
     at = pointer + row * stride + (tl.arange(0, C)[:, None] * stride + cols[None, :])
     x = x.to(pointer.dtype.element_ty)
@@ -314,8 +314,8 @@ def _store_state(pointer, x, K, width, stride, BK: tl.constexpr, B: tl.constexpr
 
 @triton.jit
 def _scan_step(
-    S, i, valid, start, chunk, hv, hk, v0, q, k, v, gates, Y, P, o, h, q_tma, k_tma, v_tma, Y_tma, P_tma,
-    q_token, k_token, v_token,
+    S, i, valid, start, chunk, hv, hk, v0, q, k, v, gates, Y, P, o, h,
+    q_tma, k_tma, v_tma, o_tma, h_tma, Y_tma, P_tma, q_token, k_token, v_token,
     HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     MODE: tl.constexpr, DOT: tl.constexpr, TAIL: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -336,10 +336,13 @@ def _scan_step(
     b = tl.load(gate + C)
     gam_k = tl.load(gate + 2 * C)
     dec_k = tl.load(gate + 3 * C)
-    last = tl.exp(tl.load(gates + tile * (7 * C) + C - 1))
+    last = tl.exp2(tl.load(gates + tile * (7 * C) + C - 1))
     S_low = S.to(kk.dtype)
     if MODE == "states":
-        _store_state(h + tile * (K * V) + v0, S_low, K, width, V, BK, BV, K_RAGGED or V_RAGGED)
+        if TMA:
+            h_tma.store([(tile * K).to(tl.int32), v0], S_low)
+        else:
+            _store_state(h + tile * (K * V) + v0, S_low, K, width, V, BK, BV, K_RAGGED or V_RAGGED)
     if MODE == "transition":
         W = -gam_k[:, None] * tl.dot(kk, S_low, input_precision=DOT)
     else:
@@ -353,13 +356,16 @@ def _scan_step(
         out = U
     S = tl.dot(tl.trans(kk), (dec_k[:, None] * new).to(kk.dtype), acc=S * last, input_precision=DOT)
     if MODE != "transition":
-        _store_rows(o, row, HV * V, width, valid, out, C, BV, V_RAGGED, TAIL)
+        if TMA:
+            o_tma.store([row.to(tl.int32), hv * V + v0], out.to(kk.dtype))
+        else:
+            _store_rows(o, row, HV * V, width, valid, out, C, BV, V_RAGGED, TAIL)
     return S
 
 
 @triton.jit(do_not_specialize=["T"])
 def _scan_kernel(
-    q, k, v, gates, Y, P, initial, final, o, h, q_tma, k_tma, v_tma, Y_tma, P_tma, cu, first_chunk, T,
+    q, k, v, gates, Y, P, initial, final, o, h, q_tma, k_tma, v_tma, o_tma, h_tma, Y_tma, P_tma, cu, first_chunk, T,
     q_token, q_head, k_token, k_head, v_token, v_head,
     HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, DOCUMENTS: tl.constexpr, INITIAL: tl.constexpr, MODE: tl.constexpr, DOT: tl.constexpr,
@@ -391,12 +397,13 @@ def _scan_kernel(
     v += hv * v_head + v0
     o += hv * V + v0
     for i in tl.range(0, length // C, num_stages=STAGES):
-        S = _scan_step(S, i, C, start, chunk, hv, hk, v0, q, k, v, gates, Y, P, o, h, q_tma, k_tma, v_tma, Y_tma, P_tma,
-                       q_token, k_token, v_token, HV, K, V, BK, BV, C, MODE, DOT, False, TMA)  # fmt: skip
+        S = _scan_step(S, i, C, start, chunk, hv, hk, v0, q, k, v, gates, Y, P, o, h, q_tma, k_tma, v_tma, o_tma, h_tma,
+                       Y_tma, P_tma, q_token, k_token, v_token, HV, K, V, BK, BV, C, MODE, DOT, False,
+                       TMA)  # fmt: skip
     # A loop, though it runs once at most: outside a pipelined loop Triton 3.6 miscompiles the step (NOTES.md).
     for i in tl.range(length // C, (length + C - 1) // C, num_stages=STAGES):
-        S = _scan_step(S, i, length % C, start, chunk, hv, hk, v0, q, k, v, gates, Y, P, o, h, q_tma, k_tma,
-                       v_tma, Y_tma, P_tma, q_token, k_token, v_token, HV, K, V, BK, BV, C, MODE, DOT, True,
+        S = _scan_step(S, i, length % C, start, chunk, hv, hk, v0, q, k, v, gates, Y, P, o, h, q_tma, k_tma, v_tma,
+                       o_tma, h_tma, Y_tma, P_tma, q_token, k_token, v_token, HV, K, V, BK, BV, C, MODE, DOT, True,
                        False)  # fmt: skip
     if MODE != "states":
         _store_state(final + state, S, K, V - v0, V, BK, BV, (K != BK) or (V % BV != 0))
@@ -404,8 +411,8 @@ def _scan_kernel(
 
 @triton.jit
 def _reverse_scan_step(
-    dS, i, valid, start, chunk, hv, hk, v0, q, k, do, gates, Y, P, z, dh, q_tma, k_tma, do_tma, Y_tma, P_tma,
-    q_token, k_token, do_token,
+    dS, i, valid, start, chunk, hv, hk, v0, q, k, do, gates, Y, P, z, dh,
+    q_tma, k_tma, do_tma, z_tma, dh_tma, Y_tma, P_tma, q_token, k_token, do_token,
     HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     DOT: tl.constexpr, TAIL: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -425,22 +432,29 @@ def _reverse_scan_step(
     gam_k = tl.load(gate + 2 * C)
     dec_k = tl.load(gate + 3 * C)
     scale_gam_q = tl.load(gate + 4 * C)
-    last = tl.exp(tl.load(gates + tile * (7 * C) + C - 1))
+    last = tl.exp2(tl.load(gates + tile * (7 * C) + C - 1))
     dS_low = dS.to(kk.dtype)
-    _store_state(dh + tile * (K * V) + v0, dS_low, K, width, V, BK, BV, K_RAGGED or V_RAGGED)
+    if TMA:
+        dh_tma.store([(tile * K).to(tl.int32), v0], dS_low)
+    else:
+        _store_state(dh + tile * (K * V) + v0, dS_low, K, width, V, BK, BV, K_RAGGED or V_RAGGED)
     d_new = dec_k[:, None] * tl.dot(kk, dS_low, input_precision=DOT)
     d_new = tl.dot(tl.trans(p), grad, acc=d_new, input_precision=DOT)
     Z = tl.dot(tl.trans(y), (b[:, None] * d_new).to(kk.dtype), acc=d_new, input_precision=DOT)
     grad = (scale_gam_q[:, None] * grad.to(tl.float32)).to(kk.dtype)
     dS = tl.dot(tl.trans(qq), grad, acc=dS * last, input_precision=DOT)
     dS = tl.dot(tl.trans(kk), (-(gam_k * b)[:, None] * Z).to(kk.dtype), acc=dS, input_precision=DOT)
-    _store_rows(z, row, HV * V, width, valid, Z, C, BV, V_RAGGED, TAIL)
+    if TMA:
+        z_tma.store([row.to(tl.int32), hv * V + v0], Z.to(kk.dtype))
+    else:
+        _store_rows(z, row, HV * V, width, valid, Z, C, BV, V_RAGGED, TAIL)
     return dS
 
 
 @triton.jit(do_not_specialize=["T"])
 def _reverse_scan_kernel(
-    q, k, do, gates, Y, P, d_final, d_initial, z, dh, q_tma, k_tma, do_tma, Y_tma, P_tma, cu, first_chunk, T,
+    q, k, do, gates, Y, P, d_final, d_initial, z, dh,
+    q_tma, k_tma, do_tma, z_tma, dh_tma, Y_tma, P_tma, cu, first_chunk, T,
     q_token, q_head, k_token, k_head, do_token, do_head,
     HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, DOCUMENTS: tl.constexpr, FINAL: tl.constexpr, INITIAL: tl.constexpr, DOT: tl.constexpr,
@@ -473,12 +487,12 @@ def _reverse_scan_kernel(
     # A loop, though it runs once at most: outside a pipelined loop Triton 3.6 miscompiles the step (NOTES.md).
     for i in tl.range(full, (length + C - 1) // C, num_stages=STAGES):
         dS = _reverse_scan_step(dS, i, length % C, start, chunk, hv, hk, v0, q, k, do, gates, Y, P, z, dh, q_tma, k_tma,
-                                do_tma, Y_tma, P_tma, q_token, k_token, do_token, HV, K, V, BK, BV, C, DOT, True,
-                                False)  # fmt: skip
+                                do_tma, z_tma, dh_tma, Y_tma, P_tma, q_token, k_token, do_token, HV, K, V, BK, BV, C,
+                                DOT, True, False)  # fmt: skip
     for i in tl.range(0, full, num_stages=STAGES):
         dS = _reverse_scan_step(dS, full - 1 - i, C, start, chunk, hv, hk, v0, q, k, do, gates, Y, P, z, dh, q_tma,
-                                k_tma, do_tma, Y_tma, P_tma, q_token, k_token, do_token, HV, K, V, BK, BV, C, DOT,
-                                False, TMA)  # fmt: skip
+                                k_tma, do_tma, z_tma, dh_tma, Y_tma, P_tma, q_token, k_token, do_token, HV, K, V, BK,
+                                BV, C, DOT, False, TMA)  # fmt: skip
     if INITIAL:
         _store_state(d_initial + state, dS, K, V - v0, V, BK, BV, (K != BK) or (V % BV != 0))
 
@@ -500,8 +514,8 @@ def _query_gradient(
 ):  # fmt: skip
     """dQ of one chunk and key head, and what it adds to the gradient of c.
 
-    Everything is linear in what a slice of V contributes, so a slice of one value head is dealt with in full, and all
-    that a turn of the loop needs is read in it (from the cache): kept over the loop, it would spill.
+    Everything is linear in what a slice of V contributes, so a slice of one value head is dealt with in full. What a
+    turn of the loop needs in registers is read in it (from the cache): kept over the loop, it would spill.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
     r = tl.arange(0, C)
@@ -510,6 +524,8 @@ def _query_gradient(
     k_rows = tl.arange(0, BK)
     cols = tl.arange(0, BV)
     dQ = tl.zeros([C, BK], tl.float32)
+    if BK <= 128:
+        kk = _rows(k, start, k_token, K, length, k, 0, C, BK, False, True, False)
     for turn in tl.range(HV // HK * NV, num_stages=STAGES, disable_licm=True):
         hv = hk * (HV // HK) + turn // NV
         v0 = (turn % NV) * BV
@@ -520,23 +536,24 @@ def _query_gradient(
         r_q = tl.load(gates + tile * (7 * C) + 6 * C + r)
         grad = _rows(do + hv * do_head + v0, start, do_token, V - v0, length, do, 0, C, BV, False, True, False)
         U = _rows(u + hv * V + v0, start, HV * V, V - v0, length, u, 0, C, BV, False, True, False)
+        qq = _rows(q, start, q_token, K, length, q, 0, C, BK, False, True, False)
         S = tl.load(
             h + tile * (K * V) + v0 + (k_rows[:, None] * V + cols[None, :]),
             mask=(k_rows < K)[:, None] & (v0 + cols < V)[None, :] & (length > 0),
             other=0.0,
         )
-        qq = _rows(q, start, q_token, K, length, q, 0, C, BK, False, True, False)
-        kk = _rows(k, start, k_token, K, length, k, 0, C, BK, False, True, False)
-        x = tl.dot(grad, tl.trans(S), input_precision=DOT) * (tl.exp(c) * scale)[:, None]
-        d_c = tl.sum(x * qq.to(tl.float32), 1) * r_q
-        dQ += x
+        if BK > 128:  # shared memory does not hold it over the loop
+            kk = _rows(k, start, k_token, K, length, k, 0, C, BK, False, True, False)
         D = tl.dot(grad, tl.trans(U), input_precision=DOT) * _decay_matrix(c, i, j) * (scale * b * r_k)[None, :]
         dQ = tl.dot(D.to(kk.dtype), kk, acc=dQ, input_precision=DOT)
         # The diagonal does not depend on the gates: leaving it out of their gradient spares a cancellation that costs
         # all digits where the decay is strong.
         pair = tl.dot(qq, tl.trans(kk), input_precision=DOT) * r_q[:, None]
         pair = tl.where(i > j, D * pair, 0.0)
-        d_c += tl.sum(pair, 1) - tl.sum(pair, 0)
+        d_c = tl.sum(pair, 1) - tl.sum(pair, 0)
+        x = tl.dot(grad, tl.trans(S), input_precision=DOT) * (tl.exp2(c) * scale)[:, None]
+        d_c += tl.sum(x * qq.to(tl.float32), 1) * r_q
+        dQ += x
         tl.store(sums + (tile * SLICES + turn % NV) * (3 * C) + r, d_c)
     return dQ
 
@@ -556,6 +573,8 @@ def _key_gradient(
     k_rows = tl.arange(0, BK)
     cols = tl.arange(0, BV)
     dK = tl.zeros([C, BK], tl.float32)
+    if BK <= 128:
+        qq = _rows(q, start, q_token, K, length, q, 0, C, BK, False, True, False)
     for turn in tl.range(HV // HK * NV, num_stages=STAGES, disable_licm=True):
         hv = hk * (HV // HK) + turn // NV
         v0 = (turn % NV) * BV
@@ -565,37 +584,38 @@ def _key_gradient(
         r_k = tl.load(gates + tile * (7 * C) + 5 * C + r)
         r_q = tl.load(gates + tile * (7 * C) + 6 * C + r)
         last = tl.load(gates + tile * (7 * C) + C - 1)
-        # All loads first, so that their latencies overlap.
         state = tile * (K * V) + v0
         inside = (k_rows < K)[:, None] & (v0 + cols < V)[None, :] & (length > 0)
         Z = _rows(z + hv * V + v0, start, HV * V, V - v0, length, z, 0, C, BV, False, True, False)
-        U = _rows(u + hv * V + v0, start, HV * V, V - v0, length, u, 0, C, BV, False, True, False)
-        S = tl.load(h + state + (k_rows[:, None] * V + cols[None, :]), mask=inside, other=0.0)
-        dS = tl.load(dh + state + (k_rows[:, None] * V + cols[None, :]), mask=inside, other=0.0)
-        kk = _rows(k, start, k_token, K, length, k, 0, C, BK, False, True, False)
-        grad = _rows(do + hv * do_head + v0, start, do_token, V - v0, length, do, 0, C, BV, False, True, False)
-        qq = _rows(q, start, q_token, K, length, q, 0, C, BK, False, True, False)
         _store_rows(dv + hv * V + v0, start, HV * V, V - v0, rows, b[:, None] * Z.to(tl.float32), C, BV, False, True)
+        U = _rows(u + hv * V + v0, start, HV * V, V - v0, length, u, 0, C, BV, False, True, False)
         at = sums + (tile * SLICES + turn % NV) * (3 * C) + r
         tl.store(at + 2 * C, tl.sum(U.to(tl.float32) * Z.to(tl.float32), 1))
-        d_last = tl.exp(last) * tl.sum(tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1), 0)
-        x = tl.dot(Z, tl.trans(S), input_precision=DOT) * (tl.exp(c) * b)[:, None]
-        d_c = -tl.sum(x * kk.to(tl.float32), 1) * r_k
+        kk = _rows(k, start, k_token, K, length, k, 0, C, BK, False, True, False)
+        # X below the diagonal, its transpose above it.
+        X = tl.where(i > j, tl.dot(Z, tl.trans(U), input_precision=DOT), 0.0)
+        X = tl.where(i >= j, X, tl.dot(U, tl.trans(Z), input_precision=DOT))
+        X *= tl.exp2(tl.where(i >= j, c[:, None] - c[None, :], c[None, :] - c[:, None])) * b[:, None]
+        X *= (-b * r_k)[None, :]
+        dK = tl.dot(X.to(kk.dtype), kk, acc=dK, input_precision=DOT)
+        pair = tl.dot(kk, tl.trans(kk), input_precision=DOT) * tl.where(i > j, X, 0.0) * r_k[:, None]
+        d_c = tl.sum(pair, 1) - tl.sum(pair, 0)
+        grad = _rows(do + hv * do_head + v0, start, do_token, V - v0, length, do, 0, C, BV, False, True, False)
+        if BK > 128:
+            qq = _rows(q, start, q_token, K, length, q, 0, C, BK, False, True, False)
+        D_t = tl.dot(U, tl.trans(grad), input_precision=DOT) * b[:, None]
+        D_t *= tl.exp2(tl.where(j >= i, c[None, :] - c[:, None], float("-inf"))) * (scale * r_q)[None, :]
+        dK = tl.dot(D_t.to(kk.dtype), qq, acc=dK, input_precision=DOT)
+        S = tl.load(h + state + (k_rows[:, None] * V + cols[None, :]), mask=inside, other=0.0)
+        dS = tl.load(dh + state + (k_rows[:, None] * V + cols[None, :]), mask=inside, other=0.0)
+        d_last = tl.exp2(last) * tl.sum(tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1), 0)
+        x = tl.dot(Z, tl.trans(S), input_precision=DOT) * (tl.exp2(c) * b)[:, None]
+        d_c -= tl.sum(x * kk.to(tl.float32), 1) * r_k
         dK -= x
-        x = tl.dot(U, tl.trans(dS), input_precision=DOT) * (tl.exp(last - c) * b)[:, None]
+        x = tl.dot(U, tl.trans(dS), input_precision=DOT) * (tl.exp2(last - c) * b)[:, None]
         to_last = tl.sum(x * kk.to(tl.float32), 1) * r_k
         d_c += tl.where(r == C - 1, d_last + tl.sum(to_last, 0), 0.0) - to_last
         dK += x
-        # X below the diagonal and its transpose above it share one matrix of decays.
-        decay = tl.exp(tl.where(i >= j, c[:, None] - c[None, :], c[None, :] - c[:, None])) * b[:, None]
-        D_t = tl.where(j >= i, tl.dot(U, tl.trans(grad), input_precision=DOT), 0.0) * decay * (scale * r_q)[None, :]
-        dK = tl.dot(D_t.to(kk.dtype), qq, acc=dK, input_precision=DOT)
-        ZU = tl.dot(Z, tl.trans(U), input_precision=DOT)
-        X = tl.where(i > j, ZU, tl.where(j > i, tl.dot(U, tl.trans(Z), input_precision=DOT), 0.0))
-        X *= decay * (-b * r_k)[None, :]
-        dK = tl.dot(X.to(kk.dtype), kk, acc=dK, input_precision=DOT)
-        pair = tl.dot(kk, tl.trans(kk), input_precision=DOT) * tl.where(i > j, X, 0.0) * r_k[:, None]
-        d_c += tl.sum(pair, 1) - tl.sum(pair, 0)
         tl.store(at + C, d_c)
     return dK
 
@@ -754,14 +774,17 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu: Tenso
     )  # fmt: skip
 
 
-def _precision(dtype: torch.dtype, qk_l2norm: bool) -> tuple[str, str]:
-    """Precision of the dots, and of the dots inside the inverse.
+def _dot_precision(dtype: torch.dtype) -> str:
+    return "tf32x3" if dtype == torch.float32 else "tf32"
 
-    Unit keys bound Y's entries by about 2, so half precision serves there; other keys could overflow it.
+
+def _inverse_precision(dtype: torch.dtype, qk_l2norm: bool, beta_scale: float) -> str:
+    """Precision of the products inside the inverse.
+
+    Half precision serves (as well as the storage in 16 bits) for unit keys and beta below 1; keys of another length
+    could overflow it, and beta up to 2 with alike keys makes an inverse that tf32's digits do not resolve either.
     """
-    if dtype == torch.float32:
-        return "tf32x3", "tf32x3"
-    return "tf32", "fp16" if qk_l2norm else "tf32"
+    return "fp16" if dtype != torch.float32 and qk_l2norm and beta_scale == 1 else "tf32x3"
 
 
 def _launch_chunks(
@@ -769,7 +792,7 @@ def _launch_chunks(
     o: Tensor | None,
     scale: float, qk_l2norm: bool, beta_scale: float, invert: bool,
 ) -> None:  # fmt: skip
-    dot, merge = _precision(p.q.dtype, qk_l2norm)
+    merge = _inverse_precision(p.q.dtype, qk_l2norm, beta_scale)
     heads = p.constants["HV"]
     if p.num_chunks * heads == 0:
         return
@@ -777,7 +800,7 @@ def _launch_chunks(
         p.q, p.k, p.g, p.beta, A_log, dt_bias, p.table, gates, Y, P, o, p.length, scale, beta_scale,
         *p.q.stride()[:2], *p.k.stride()[:2], *p.g.stride(), *p.beta.stride(), **p.constants,
         BV=_power_of_2(p.constants["V"]), ACTIVATE=A_log is not None, SIGMOID=beta_scale != 0,
-        NORMALISE=qk_l2norm, INVERT=invert, MERGE=merge, DOT=dot,
+        NORMALISE=qk_l2norm, INVERT=invert, MERGE=merge, DOT=_dot_precision(p.q.dtype),
         num_warps=4, maxnreg=_chunk_registers(p, invert),
     )  # fmt: skip
 
@@ -803,23 +826,29 @@ def _gradient_configs(p: Problem) -> tuple[Config, Config]:
     if p.q.dtype == torch.float32:
         config = Config(BV=16 if wide else 32, warps=8 if wide else 4, stages=1)
         return config, config
-    config = Config(BV=64, warps=8 if wide else 4, stages=1)
-    return config, config
+    if wide:
+        return Config(BV=64, warps=8, stages=1), Config(BV=64, warps=8, stages=1)
+    return Config(BV=128, warps=4, stages=1), Config(BV=64, warps=4, stages=2)
 
 
-def _descriptors(p: Problem, x: Tensor, Y: Tensor, P: Tensor | None, config: Config) -> list[TensorDescriptor | None]:
-    """TMA descriptors of q, k, x (v or do), Y and P for a scan, or Nones where the copy engine can't read them."""
+def _descriptors(
+    p: Problem, x: Tensor, out: Tensor, state: Tensor | None, Y: Tensor, P: Tensor | None, config: Config
+) -> list[TensorDescriptor | None]:
+    """TMA descriptors of q, k, x (v or do), out, the states, Y and P, or Nones where the copy engine can't serve."""
     c = p.constants
-    heads = ((p.q, c["BK"]), (p.k, c["BK"]), (x, config.BV))
-    legal = config.tma and c["BK"] == c["K"] and c["V"] % config.BV == 0 and x.element_size() == 2 and all(
+    K, C = c["K"], c["C"]
+    heads = ((p.q, K), (p.k, K), (x, config.BV), (out.flatten(0, 1), config.BV))
+    legal = config.tma and c["BK"] == K and c["V"] % config.BV == 0 and x.element_size() == 2 and all(
         y.stride(1) == y.shape[2] and y.stride(0) % 8 == 0 and y.data_ptr() % 16 == 0 for y, _ in heads
     )  # fmt: skip
     if not legal:
-        return [None] * 5
-    C = c["C"]
+        return [None] * 7
     return [
         *(TensorDescriptor(y, [y.shape[0], y.shape[1] * y.shape[2]], [y.stride(0), 1], [C, cols]) for y, cols in heads),
-        *(None if y is None else TensorDescriptor(y, [y.numel() // C, C], [C, 1], [C, C]) for y in (Y, P)),
+        *(
+            None if y is None else TensorDescriptor(y, [y.numel() // y.shape[-1], y.shape[-1]], [y.shape[-1], 1], block)
+            for y, block in ((state, [K, config.BV]), (Y, [C, C]), (P, [C, C]))
+        ),
     ]
 
 
@@ -832,8 +861,8 @@ def _launch_scan(
     final: Tensor | None, o: Tensor, h: Tensor | None,
 ) -> None:  # fmt: skip
     """Forward's scan (P and final given: o is the output) or backward's recomputation (h given: o receives U)."""
-    dot, _ = _precision(p.q.dtype, True)
-    descriptors = _descriptors(p, p.v, Y, P, config)
+    dot = _dot_precision(p.q.dtype)
+    descriptors = _descriptors(p, p.v, o, h, Y, P, config)
     if tiles := _tiles(p, config):
         _scan_kernel[(tiles,)](
             p.q, p.k, p.v, gates, Y, P, initial, final, o, h, *descriptors, p.cu, p.first_chunk, p.length,
@@ -847,8 +876,8 @@ def _launch_reverse_scan(
     p: Problem, config: Config, grad: Tensor, gates: Tensor, Y: Tensor, P: Tensor, d_final: Tensor | None,
     d_initial: Tensor, z: Tensor, dh: Tensor,
 ) -> None:  # fmt: skip
-    dot, _ = _precision(p.q.dtype, True)
-    descriptors = _descriptors(p, grad, Y, P, config)
+    dot = _dot_precision(p.q.dtype)
+    descriptors = _descriptors(p, grad, z, dh, Y, P, config)
     if tiles := _tiles(p, config):
         _reverse_scan_kernel[(tiles,)](
             p.q, p.k, grad, gates, Y, P, d_final, d_initial, z, dh, *descriptors, p.cu, p.first_chunk, p.length,
@@ -924,7 +953,7 @@ def backward(
     do = torch.zeros_like(v, memory_format=torch.contiguous_format) if do is None else do.to(v.dtype)
     grad = _flat(do)
     initial = None if initial_state is None else initial_state.contiguous()
-    dot, _ = _precision(v.dtype, qk_l2norm)
+    dot = _dot_precision(v.dtype)
 
     P = torch.empty_like(Y)
     _launch_chunks(p, A_log, dt_bias, gates, Y, P, P, scale, qk_l2norm, beta_scale, False)
@@ -1005,8 +1034,8 @@ def transition(
     config = _scan_config(p)._replace(tma=False)
     if tiles := _tiles(p, config):
         _scan_kernel[(tiles,)](
-            p.q, p.k, p.k, gates, Y, None, None, M, M, None, *[None] * 5, p.cu, p.first_chunk, p.length,
+            p.q, p.k, p.k, gates, Y, None, None, M, M, None, *[None] * 7, p.cu, p.first_chunk, p.length,
             *p.q.stride()[:2], *p.k.stride()[:2], 0, 0, **p.constants, BV=config.BV, INITIAL=False, MODE="transition",
-            DOT=_precision(k.dtype, True)[0], TMA=False, STAGES=config.stages, num_warps=config.warps,
+            DOT=_dot_precision(k.dtype), TMA=False, STAGES=config.stages, num_warps=config.warps,
         )  # fmt: skip
     return M
