@@ -4,5 +4,13 @@ from q3n_functional.ops.causal_conv import causal_conv
 from q3n_functional.ops.gated_delta_rule import gated_delta_rule, recurrent_gated_delta_rule
 from q3n_functional.ops.grouped_swiglu import grouped_swiglu
 from q3n_functional.ops.rms_norm_gated import rms_norm_gated
+from q3n_functional.ops.router_logits import router_logits
 
-__all__ = ["causal_conv", "gated_delta_rule", "grouped_swiglu", "recurrent_gated_delta_rule", "rms_norm_gated"]
+__all__ = [
+    "causal_conv",
+    "gated_delta_rule",
+    "grouped_swiglu",
+    "recurrent_gated_delta_rule",
+    "rms_norm_gated",
+    "router_logits",
+]

@@ -13,8 +13,7 @@ from torch.nn.functional import linear, silu
 
 from q3n_functional import params
 from q3n_functional.config import Config
-from q3n_functional.ops import grouped_swiglu
-from q3n_functional.ops.registration import wide
+from q3n_functional.ops import grouped_swiglu, router_logits
 
 
 class RouterStatistics(NamedTuple):
@@ -38,8 +37,7 @@ def mixture_of_experts(
     The router works in fp32. `valid_BT` says which tokens its statistics count.
     """
     x_TD = x_BTD.flatten(0, 1)
-    precise = wide(x_TD.dtype)
-    probabilities_TE = linear(x_TD.to(precise), p.router.to(precise)).softmax(-1)
+    probabilities_TE = router_logits(x_TD, p.router).softmax(-1)
     weights_TJ, experts_TJ = probabilities_TE.topk(config.num_experts_per_tok)
     if config.norm_topk_prob:
         weights_TJ = weights_TJ / weights_TJ.sum(-1, keepdim=True)

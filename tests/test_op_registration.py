@@ -25,6 +25,7 @@ from q3n_functional.ops import (
     recurrent_gated_delta_rule,
     registration,
     rms_norm_gated,
+    router_logits,
 )
 
 
@@ -109,6 +110,11 @@ def swiglu_case(extent, dtype):
     return Case(call, [x, weights, *matrices], experts)
 
 
+def router_case(extent, dtype):
+    inputs = [random(extent, 3, dtype=dtype, seed=0), random(4, 3, dtype=dtype, seed=1)]
+    return Case(lambda *x, where, **impl: (router_logits(*x, **impl),), inputs)
+
+
 CASES = {
     "causal_conv": conv_case,
     "causal_conv, packed": lambda *size: conv_case(*size, packed=True),
@@ -121,6 +127,7 @@ CASES = {
     "rms_norm_gated": norm_case,
     "rms_norm_gated, one vector": norm_vector_case,
     "grouped_swiglu": swiglu_case,
+    "router_logits": router_case,
 }
 each_case = pytest.mark.parametrize("make", CASES.values(), ids=CASES)
 RICHEST = [name for name in CASES if f"{name}, packed" not in CASES and "no " not in name and "vector" not in name]
@@ -210,7 +217,9 @@ q3n::recurrent_gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor b
     impl) -> (Tensor, Tensor)
 q3n::rms_norm_gated(Tensor x, Tensor gate, Tensor weight, float eps, str impl) -> Tensor
 q3n::rms_norm_gated_backward(Tensor dy, Tensor x, Tensor gate, Tensor weight, float eps, str impl) -> (Tensor,
-    Tensor, Tensor)""",
+    Tensor, Tensor)
+q3n::router_logits(Tensor x, Tensor router, str impl) -> Tensor
+q3n::router_logits_backward(Tensor dlogits, Tensor x, Tensor router, str impl) -> (Tensor, Tensor)""",
     )
 
 
