@@ -151,9 +151,11 @@ def test_every_configuration_at_real_widths(config):
     assert_matches(outputs(inputs, kernels().CONFIGS[config]), expected(inputs), FAST)
 
 
-@pytest.mark.parametrize(("tokens", "experts", "per_token"), [(200, 5, 4), (300, 70, 1), (50, 512, 10), (129, 3, 1)])
-def test_sorting(tokens, experts, per_token):
+@pytest.mark.parametrize("few", [True, False])
+@pytest.mark.parametrize(("tokens", "experts", "per_token"), [(200, 5, 4), (300, 70, 1), (50, 512, 10), (1, 3, 1)])
+def test_sorting(tokens, experts, per_token, few, monkeypatch):
     """Across blocks of slots: as torch's stable sort, and every row in exactly one tile of its expert."""
+    monkeypatch.setattr(kernels(), "FEW_SLOTS", 1024 if few else 0)
     _, x, chosen, weights, gate, *_ = build(tokens, experts, per_token, width=8, inner=8)
     p = kernels()._problem(x, weights, gate, small())
     order, ends, tiles = poisoned(kernels()._sort, p, chosen)

@@ -31,6 +31,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SCRATCH_BYTES = 512 * 2**20
 MAX_EXPERTS = 8192
 SORT_BLOCK = 128  # slots
+FEW_SLOTS = 1024
 TABLE_ENTRIES = 8192  # tiles times experts that a program of the table compares
 SUM_ENTRIES = 2048
 
@@ -60,12 +61,28 @@ def _scan_kernel(counts, totals, num_blocks, BE: tl.constexpr, ROWS: tl.constexp
     tl.store(totals + e, before, mask=e < BE)
 
 
+@triton.jit
+def _write_tiles(size, end, tiles, first, num_tiles, E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr,
+                 TILES: tl.constexpr):  # fmt: skip
+    """tiles[n] = (expert, first row) or (-1, 0) for TILES numbers n from `first` on."""
+    e = tl.arange(0, BE)
+    num = (size + BM - 1) // BM
+    last = tl.cumsum(num, 0)
+    tile = first + tl.arange(0, TILES)
+    expert = tl.sum((last[None, :] <= tile[:, None]).to(tl.int32), 1)
+    row = (end - size)[None, :] + (tile[:, None] - (last - num)[None, :]) * BM
+    row = tl.sum(tl.where(e[None, :] == expert[:, None], row, 0), 1)
+    expert = tl.where(expert < E, expert, -1)
+    tl.store(tiles + 2 * tile, expert, mask=tile < num_tiles)
+    tl.store(tiles + 2 * tile + 1, row, mask=tile < num_tiles)
+
+
 @triton.jit(do_not_specialize=["num_tiles"])
 def _tiles_kernel(
     sizes, ends, tiles, num_tiles,
-    E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr, SIZES: tl.constexpr,
+    E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, TILES: tl.constexpr, SIZES: tl.constexpr,
 ):  # fmt: skip
-    """tiles[n] = (expert, first row) or (-1, 0); and ends, if it is the experts' sizes that are given."""
+    """The table; and ends, if it is the experts' sizes that are given."""
     e = tl.arange(0, BE)
     if SIZES:
         size = tl.load(sizes + e, mask=e < E, other=0)
@@ -75,15 +92,7 @@ def _tiles_kernel(
     else:
         end = tl.load(ends + e, mask=e < E, other=0)
         size = tl.where(e < E, end - tl.load(ends + e - 1, mask=(e > 0) & (e < E), other=0), 0)
-    num = (size + BM - 1) // BM
-    last = tl.cumsum(num, 0)
-    tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    expert = tl.sum((last[None, :] <= tile[:, None]).to(tl.int32), 1)
-    row = (end - size)[None, :] + (tile[:, None] - (last - num)[None, :]) * BM
-    row = tl.sum(tl.where(e[None, :] == expert[:, None], row, 0), 1)
-    expert = tl.where(expert < E, expert, -1)
-    tl.store(tiles + 2 * tile, expert, mask=tile < num_tiles)
-    tl.store(tiles + 2 * tile + 1, row, mask=tile < num_tiles)
+    _write_tiles(size, end, tiles, tl.program_id(0) * TILES, num_tiles, E, BE, BM, TILES)
 
 
 @triton.jit(do_not_specialize=["num_slots"])
@@ -99,6 +108,36 @@ def _place_kernel(experts, before, ends, order, num_slots, BE: tl.constexpr, BLO
     row = rank + tl.load(before + block * BE + expert, mask=inside, other=0)
     row += tl.load(ends + expert - 1, mask=inside & (expert > 0), other=0)
     tl.store(order + row, slot, mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_slots", "num_tiles"])
+def _sort_few_kernel(
+    experts, order, ends, tiles, num_slots, num_tiles,
+    E: tl.constexpr, BE: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """All of it in one launch, for so few slots that every program can look at all: decoding waits for launches."""
+    pid = tl.program_id(0)
+    blocks = (num_slots + BLOCK - 1) // BLOCK
+    i = pid * BLOCK + tl.arange(0, BLOCK)
+    if pid < blocks:
+        expert = tl.load(experts + i, mask=i < num_slots, other=0).to(tl.int32)[:, None]
+        row = tl.zeros([BLOCK], tl.int32)
+        for first in range(0, num_slots, 32):
+            slot = first + tl.arange(0, 32)
+            other = tl.load(experts + slot, mask=slot < num_slots, other=E).to(tl.int32)[None, :]
+            before = (other < expert) | ((other == expert) & (slot[None, :] < i[:, None]))
+            row += tl.sum(before.to(tl.int32), 1)
+        tl.store(order + row, i, mask=i < num_slots)
+    else:
+        size = tl.zeros([BE], tl.int32)
+        for first in range(0, num_slots, BLOCK):
+            slot = first + tl.arange(0, BLOCK)
+            expert = tl.load(experts + slot, mask=slot < num_slots, other=0).to(tl.int32)
+            size += tl.histogram(expert, BE, mask=slot < num_slots)
+        end = tl.cumsum(size, 0)
+        if pid == blocks:
+            tl.store(ends + tl.arange(0, BE), end, mask=tl.arange(0, BE) < E)
+        _write_tiles(size, end, tiles, (pid - blocks) * TILES, num_tiles, E, BE, BM, TILES)
 
 
 @triton.jit
@@ -428,26 +467,31 @@ def _descriptors(config: Config, *matrices: tuple[Tensor, int, int]) -> list[Ten
     ]
 
 
+def _table(p: Problem) -> dict[str, int]:
+    """Sizes of the table of tiles, for the kernels that write it."""
+    bins = 1 << max(4, (p.num_experts - 1).bit_length())
+    return {"E": p.num_experts, "BE": bins, "BM": p.config.gate_up.BM, "TILES": max(1, TABLE_ENTRIES // bins)}
+
+
 def _tile_table(p: Problem, sizes: Tensor | None, ends: Tensor) -> Tensor:
-    tiles = torch.empty(p.num_tiles, 2, dtype=torch.int32, device=ends.device)
-    bins = _bins(p)
-    block = max(1, TABLE_ENTRIES // bins)
-    _tiles_kernel[(_cdiv(p.num_tiles, block),)](
-        sizes, ends, tiles, p.num_tiles, E=p.num_experts, BE=bins, BM=p.config.gate_up.BM, BLOCK=block,
-        SIZES=sizes is not None,
-    )  # fmt: skip
+    tiles, table = torch.empty(p.num_tiles, 2, dtype=torch.int32, device=ends.device), _table(p)
+    _tiles_kernel[(_cdiv(p.num_tiles, table["TILES"]),)](
+        sizes, ends, tiles, p.num_tiles, **table, SIZES=sizes is not None
+    )
     return tiles
 
 
-def _bins(p: Problem) -> int:
-    return 1 << max(4, (p.num_experts - 1).bit_length())
-
-
 def _sort(p: Problem, experts: Tensor) -> Sorted:
-    bins, blocks, experts = _bins(p), _cdiv(p.num_slots, SORT_BLOCK), experts.contiguous()
+    table, blocks, experts = _table(p), _cdiv(p.num_slots, SORT_BLOCK), experts.contiguous()
+    order, ends = (torch.empty(n, dtype=torch.int32, device=experts.device) for n in (p.num_slots, p.num_experts))
+    if p.num_slots <= FEW_SLOTS:
+        tiles = torch.empty(p.num_tiles, 2, dtype=torch.int32, device=experts.device)
+        _sort_few_kernel[(blocks + _cdiv(p.num_tiles, table["TILES"]),)](
+            experts, order, ends, tiles, p.num_slots, p.num_tiles, **table, BLOCK=SORT_BLOCK, num_warps=8
+        )
+        return Sorted(order, ends, tiles)
+    bins = table["BE"]
     counts = torch.empty(blocks + 1, bins, dtype=torch.int32, device=experts.device)
-    order = torch.empty(p.num_slots, dtype=torch.int32, device=experts.device)
-    ends = torch.empty(p.num_experts, dtype=torch.int32, device=experts.device)
     _count_kernel[(blocks,)](experts, counts, p.num_slots, BE=bins, BLOCK=SORT_BLOCK)
     _scan_kernel[(_cdiv(bins, 16),)](counts, counts[blocks], blocks, BE=bins, ROWS=256, COLS=16)
     tiles = _tile_table(p, counts[blocks], ends)
