@@ -31,9 +31,9 @@ def grouped_swiglu(
     experts with tokens are read, and the others get gradients of zero. Sums are fp32 (fp64 for fp64 inputs); rounded to
     x's dtype are the pre-activations, the weighted activations, and each expert's output.
 
-    Memory, in bytes a routed token at s bytes an element: saved for backward 2 F s + 4, the pre-activations and the
-    order, besides the inputs; else forward needs F s, backward 3 F s + F / 8 at most, and both D s for the outputs of
-    the experts, but of these never more than 512 MiB in all at widths above 128.
+    Memory, in bytes a routed token at s bytes an element: saved for backward are 2 F s + 4, the pre-activations and the
+    order, besides the inputs. For as long as they run, forward takes F s and backward 3 F s + F / 8 more, and both take
+    D s for the experts' outputs, which on CUDA come in slices of columns: 512 MiB at most, or 256 columns.
 
     Raises ValueError for shapes or dtypes that do not fit. (Shazeer 2020, GLU variants; Gale et al. 2022, MegaBlocks:
     dropless grouped products; Tan et al. 2024, ScatterMoE: gathering and scattering inside the products.)

@@ -340,10 +340,9 @@ def _weight_gradient_kernel(
     end = tl.load(ends + e)
     start = tl.load(ends + e - 1, mask=e > 0, other=0)
     base = x
-    stride = x_row
     if part == 2:
         base = dy
-        stride = dy_row
+    stride = tl.where(part == 2, dy_row, x_row)
     plane = dhidden + part.to(tl.int64) * num_rows * F
     acc = tl.zeros([BM, BN], tl.float32)
     for first in tl.range(start, end, BK, num_stages=STAGES):
