@@ -23,7 +23,9 @@ fp32. L2 normalisation of q and k enters as row scales too: no kernel ever holds
 
 Kernels: _chunk_kernel (parallel over chunks: gates, Y, P), _scan_kernel (sequential: o and the final state, or the
 states h and U that backward needs), _reverse_scan_kernel (sequential, from the last chunk: dS and Z), _gradient_kernel
-(parallel: every gradient). Chunks of documents come from a table that _table_kernel builds on the device.
+(parallel: every gradient). Chunks of documents come from a table that _table_kernel builds on the device. On Hopper
+the scans and the gradients of whole chunks are those of gated_delta_rule_hopper.py and ..._hopper_gradient.py, where
+head dims of 128, chunks of 64 and 16 bits allow them.
 """
 
 from typing import NamedTuple
@@ -35,12 +37,14 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from q3n_functional.ops.chunks import num_chunks, saved_shapes
+from q3n_functional.ops.kernels import gated_delta_rule_hopper as hopper
+from q3n_functional.ops.kernels.gated_delta_rule_hopper_gradient import launch_gradients
 from q3n_functional.ops.registration import UnsupportedError
 
 CHUNK_SIZES = (16, 32, 64)
 MAX_HEAD_DIM = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-NUM_SMS = 132  # of the card that the configurations below were measured on
+NUM_SMS = hopper.NUM_SMS
 
 
 @triton.jit(do_not_specialize=["num_docs", "num_tokens", "num_chunks"])
@@ -626,16 +630,19 @@ def _gradient_kernel(
     q_token, q_head, k_token, k_head, do_token, do_head,
     HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, DOCUMENTS: tl.constexpr, NORMALISE: tl.constexpr, DOT: tl.constexpr, SIDE: tl.constexpr,
-    SLICES: tl.constexpr, STAGES: tl.constexpr,
+    SLICES: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """dQ (SIDE 0), or dK and dV (SIDE 1), of one chunk and key head, over its value heads in turn.
 
-    Two launches, because the registers of one program do not hold both sums. dv may be z's own memory.
+    Two launches, because the registers of one program do not hold both sums. dv may be z's own memory. WHOLE False
+    leaves out the chunks that have all their rows.
     """
     pid = tl.program_id(0)
     hk = pid % HK
     chunk = (pid // HK).to(tl.int64)
     start, length = _chunk_range(chunk, table, T, C, DOCUMENTS)
+    if not WHOLE and length == C:
+        return
     # The tail of the stream runs through with length 0: its tiles load as zeros and it writes zeros to its rows.
     rows = tl.where(length < 0, -length, length)
     length = tl.maximum(length, 0)
@@ -831,24 +838,37 @@ def _gradient_configs(p: Problem) -> tuple[Config, Config]:
     return Config(BV=128, warps=4, stages=1), Config(BV=64, warps=4, stages=2)
 
 
+def _tma_serves(p: Problem, BV: int, *rows: Tensor) -> bool:
+    """Whether the copy engine can fetch whole tiles of q, k and `rows` ([N, heads, dim] each)."""
+    c = p.constants
+    return c["BK"] == c["K"] and c["V"] % BV == 0 and p.q.element_size() == 2 and all(
+        x.stride(1) == x.shape[2] and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 for x in (p.q, p.k, *rows)
+    )  # fmt: skip
+
+
+def _row_descriptor(x: Tensor, C: int, cols: int) -> TensorDescriptor:
+    """Of [C, cols] tiles of [N, heads, dim]."""
+    return TensorDescriptor(x, [x.shape[0], x.shape[1] * x.shape[2]], [x.stride(0), 1], [C, cols])
+
+
+def _matrix_descriptor(x: Tensor, rows: int, cols: int) -> TensorDescriptor:
+    """Of [rows, cols] tiles of contiguous matrices."""
+    return TensorDescriptor(x, [x.numel() // x.shape[-1], x.shape[-1]], [x.shape[-1], 1], [rows, cols])
+
+
 def _descriptors(
     p: Problem, x: Tensor, out: Tensor, state: Tensor | None, Y: Tensor, P: Tensor | None, config: Config
 ) -> list[TensorDescriptor | None]:
     """TMA descriptors of q, k, x (v or do), out, the states, Y and P, or Nones where the copy engine can't serve."""
-    c = p.constants
-    K, C = c["K"], c["C"]
-    heads = ((p.q, K), (p.k, K), (x, config.BV), (out.flatten(0, 1), config.BV))
-    legal = config.tma and c["BK"] == K and c["V"] % config.BV == 0 and x.element_size() == 2 and all(
-        y.stride(1) == y.shape[2] and y.stride(0) % 8 == 0 and y.data_ptr() % 16 == 0 for y, _ in heads
-    )  # fmt: skip
-    if not legal:
+    out = out.flatten(0, 1)
+    if not (config.tma and _tma_serves(p, config.BV, x, out)):
         return [None] * 7
+    K, C = p.constants["K"], p.constants["C"]
     return [
-        *(TensorDescriptor(y, [y.shape[0], y.shape[1] * y.shape[2]], [y.stride(0), 1], [C, cols]) for y, cols in heads),
-        *(
-            None if y is None else TensorDescriptor(y, [y.numel() // y.shape[-1], y.shape[-1]], [y.shape[-1], 1], block)
-            for y, block in ((state, [K, config.BV]), (Y, [C, C]), (P, [C, C]))
-        ),
+        *(_row_descriptor(y, C, cols) for y, cols in ((p.q, K), (p.k, K), (x, config.BV), (out, config.BV))),
+        None if state is None else _matrix_descriptor(state, K, config.BV),
+        _matrix_descriptor(Y, C, C),
+        None if P is None else _matrix_descriptor(P, C, C),
     ]
 
 
@@ -861,6 +881,9 @@ def _launch_scan(
     final: Tensor | None, o: Tensor, h: Tensor | None,
 ) -> None:  # fmt: skip
     """Forward's scan (P and final given: o is the output) or backward's recomputation (h given: o receives U)."""
+    if hopper.serves(p, p.v):
+        hopper.launch_scan(p, gates, Y, P, initial, final, o, h)
+        return
     dot = _dot_precision(p.q.dtype)
     descriptors = _descriptors(p, p.v, o, h, Y, P, config)
     if tiles := _tiles(p, config):
@@ -876,6 +899,9 @@ def _launch_reverse_scan(
     p: Problem, config: Config, grad: Tensor, gates: Tensor, Y: Tensor, P: Tensor, d_final: Tensor | None,
     d_initial: Tensor, z: Tensor, dh: Tensor,
 ) -> None:  # fmt: skip
+    if hopper.serves(p, grad):
+        hopper.launch_reverse_scan(p, grad, gates, Y, P, d_final, d_initial, z, dh)
+        return
     dot = _dot_precision(p.q.dtype)
     descriptors = _descriptors(p, grad, z, dh, Y, P, config)
     if tiles := _tiles(p, config):
@@ -984,16 +1010,20 @@ def backward(
     dg = torch.empty(g.shape, dtype=g.dtype, device=g.device)
     dbeta = torch.empty(beta.shape, dtype=beta.dtype, device=beta.device)
     activate = A_log is not None
+    fast = hopper.serves(p, grad)
     configs = _gradient_configs(p)
     slices = [_cdiv(V, config.BV) for config in configs]
     sums = torch.empty(p.num_chunks, heads, max(slices), 3, chunk_size, dtype=torch.float32, device=q.device)
     d_gate = torch.empty(2, heads, p.num_chunks if activate else 0, dtype=torch.float32, device=q.device)
     if p.num_chunks:
-        for side, config in enumerate(configs):
+        if fast:
+            launch_gradients(p, grad, U, dv, h, dh, gates, dq, dk, dv, sums, scale, qk_l2norm)
+        partial_chunks = p.cu is not None or p.length % chunk_size > 0
+        for side, config in enumerate(configs if partial_chunks or not fast else ()):
             _gradient_kernel[(p.num_chunks * constants["HK"],)](
                 p.q, p.k, grad, U, dv, h, dh, gates, p.table, dq, dk, dv, sums, p.length, scale,
                 *p.q.stride()[:2], *p.k.stride()[:2], *grad.stride()[:2], **constants, BV=config.BV,
-                NORMALISE=qk_l2norm, DOT=dot, SIDE=side, SLICES=max(slices), STAGES=config.stages,
+                NORMALISE=qk_l2norm, DOT=dot, SIDE=side, SLICES=max(slices), STAGES=config.stages, WHOLE=not fast,
                 num_warps=config.warps,
             )  # fmt: skip
         _gate_gradient_kernel[(p.num_chunks * heads,)](

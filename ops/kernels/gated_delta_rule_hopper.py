@@ -1,0 +1,526 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+"""The sequential kernels of the gated delta rule for Hopper, in Gluon: K = V = 128, chunks of 64, 16 bits.
+
+The formulas are those of gated_delta_rule.py. A program walks one sequence, value head and slice of BV columns of V.
+One warp fetches tiles by TMA, STAGES chunks ahead; four compute. The state is held transposed, S^T [BV, K], as two
+halves [BV, 64] along K, so that each left operand of a wgmma is in registers and each right one is a tile as fetched:
+
+    KS^T = S^T K^T     W^T = V^T - gam KS^T     U^T = W^T + (beta W^T) Y^T     S^T <- gam_last S^T + (dec beta U^T) K
+
+What no later product waits for (Q S, P V', and in the reverse scan P^T dO and Q^T dO) is queued behind the products of
+that chain, one behind each, and runs while the warps work on the chain's last result.
+
+What ptxas asks for, or it makes the wgmmas wait (its messages C7515 and C7517): no wgmma in flight at the loop's edge;
+and results are read behind a wait that comes after the last wgmma issued, hence the waits for what is long done.
+
+Rows behind a sequence's end are fetched too: they may be NaN. They are zeroed in shared memory, but for q in the
+forward scan, where they meet only rows of o that are not stored.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+if TYPE_CHECKING:
+    from q3n_functional.ops.kernels.gated_delta_rule import Problem
+
+NUM_SMS = 132  # of the card that the choices here were measured on
+# Triton 3.7 has another name for it than 3.6.
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+
+@gluon.jit
+def _sequence(n, cu, first_chunk, T, DOCUMENTS: gl.constexpr):
+    """First token, length and first chunk of a sequence."""
+    if DOCUMENTS:
+        start = gl.load(cu + n)
+        length = gl.load(cu + n + 1) - start
+        chunk = gl.load(first_chunk + n)
+    else:
+        start = n * T
+        length = T
+        chunk = n * ((T + 63) // 64)
+    return start, length, chunk
+
+
+@gluon.jit
+def _zero_rows(tile, valid, COLS: gl.constexpr, WARPS: gl.constexpr):
+    """Zero the rows of a tile in shared memory from row `valid` on."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLS, COLS // 8], [WARPS, 1], [1, 0])
+    inside = gl.arange(0, 64, gl.SliceLayout(1, layout))[:, None] < valid
+    tile.store(gl.where(inside, tile.load(layout), gl.zeros([64, COLS], tile.dtype, layout)))
+
+
+@gluon.jit
+def _store_rows(tile, pointer, stride, valid, COLS: gl.constexpr, WARPS: gl.constexpr):
+    """Write the first `valid` rows of a tile in shared memory to rows of global memory."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLS, COLS // 8], [WARPS, 1], [1, 0])
+    rows = gl.arange(0, 64, gl.SliceLayout(1, layout))
+    cols = gl.arange(0, COLS, gl.SliceLayout(0, layout))
+    gl.store(pointer + rows[:, None] * stride + cols[None, :], tile.load(layout), mask=rows[:, None] < valid)
+
+
+@gluon.jit
+def _load_state(pointer, HALF: gl.constexpr, BV: gl.constexpr, mma: gl.constexpr):
+    """Half of the transposed state; `pointer` stands at its first row and the slice's first column."""
+    rows = gl.arange(0, BV, gl.SliceLayout(1, mma))
+    cols = gl.arange(0, 64, gl.SliceLayout(0, mma))
+    return gl.load(pointer + HALF * (64 * 128) + rows[:, None] + cols[None, :] * 128)
+
+
+@gluon.jit
+def _store_state(pointer, x, HALF: gl.constexpr, BV: gl.constexpr, mma: gl.constexpr):
+    rows = gl.arange(0, BV, gl.SliceLayout(1, mma))
+    cols = gl.arange(0, 64, gl.SliceLayout(0, mma))
+    gl.store(pointer + HALF * (64 * 128) + rows[:, None] + cols[None, :] * 128, x)
+
+
+@gluon.jit
+def _narrow(x, dtype: gl.constexpr):
+    """x in 16 bits. In assembly: the compiler would move the conversion to where it is used, and keep x for it."""
+    if dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=gl.bfloat16, is_pure=False, pack=2
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=gl.float16, is_pure=False, pack=2
+        )
+
+
+@gluon.jit
+def _scale(x, by):
+    """x * by, in assembly for the same reason."""
+    return gl.inline_asm_elementwise("mul.f32 $0, $1, $2;", "=f,f,f", [x, by], dtype=gl.float32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _widen(x):
+    """x in 32 bits, converted here and not behind the next wait."""
+    if x.dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=&r,=r,r", [x], dtype=gl.float32, is_pure=False, pack=2
+        )
+    else:
+        return x.to(gl.float32)
+
+
+@gluon.jit
+def _producer(
+    n, row, tile, tiles, k_col, v_col, q_tma, k_tma, v_tma, Y_tma, P_tma, gates_tma,
+    k0, k1, q0, q1, vs, ys, ps, xs, full, empty, SCORES: gl.constexpr, STAGES: gl.constexpr, BYTES: gl.constexpr,
+    REVERSE: gl.constexpr,
+):  # fmt: skip
+    """Fetch the chunks' tiles. `row` and `tile` belong to the first chunk, `tiles` lie between two of them."""
+    for i in range(0, n):
+        s = i % STAGES
+        bar = full.index(s)
+        c = n - 1 - i if REVERSE else i
+        r = row + c * 64
+        t = tile + c * tiles
+        mbarrier.wait(empty.index(s), ((i // STAGES) & 1) ^ 1)
+        mbarrier.expect(bar, BYTES)
+        tma.async_copy_global_to_shared(k_tma, [r, k_col], bar, k0.index(s))
+        tma.async_copy_global_to_shared(k_tma, [r, k_col + 64], bar, k1.index(s))
+        tma.async_copy_global_to_shared(gates_tma, [t * 7 + 1, 0], bar, xs.index(s))
+        tma.async_copy_global_to_shared(v_tma, [r, v_col], bar, vs.index(s))
+        tma.async_copy_global_to_shared(Y_tma, [t * 64, 0], bar, ys.index(s))
+        if SCORES:
+            tma.async_copy_global_to_shared(q_tma, [r, k_col], bar, q0.index(s))
+            tma.async_copy_global_to_shared(q_tma, [r, k_col + 64], bar, q1.index(s))
+            tma.async_copy_global_to_shared(P_tma, [t * 64, 0], bar, ps.index(s))
+
+
+@gluon.jit
+def _scan_consumer(
+    n, length, row, tile, tiles, v_col, o_tma, h_tma, last, initial, final, o,
+    k0, k1, q0, q1, vs, ys, ps, xs, outs, h0, h1, full, empty,
+    BV: gl.constexpr, STRIDE: gl.constexpr, INITIAL: gl.constexpr, OUTPUT: gl.constexpr, STAGES: gl.constexpr,
+    WARPS: gl.constexpr,
+):  # fmt: skip
+    """Advance the state chunk by chunk; what a chunk's turn computes last is stored in the next one's."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 64, 16])
+    left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    col: gl.constexpr = gl.SliceLayout(0, mma)
+    dtype: gl.constexpr = k0.dtype
+    zero = gl.zeros([BV, 64], gl.float32, mma)
+    if INITIAL:
+        S0 = _load_state(initial, 0, BV, mma)
+        S1 = _load_state(initial, 1, BV, mma)
+    else:
+        S0 = zero
+        S1 = zero
+    # S in 16 bits, and scaled for the chunk to come: its product then adds to it in place.
+    low0 = S0.to(dtype)
+    low1 = S1.to(dtype)
+    if n > 0:
+        decay = gl.exp2(gl.load(last))
+        S0 = _scale(S0, decay)
+        S1 = _scale(S1, decay)
+    out = gl.zeros([BV, 64], dtype, mma)
+    for i in range(0, n):
+        s = i % STAGES
+        kk0 = k0.index(s)
+        kk1 = k1.index(s)
+        gates = xs.index(s).reshape([256])
+        c_last = gl.load(last + gl.minimum(i + 1, n - 1).to(gl.int64) * (tiles * 448))
+        A0 = gl.convert_layout(low0, left)
+        A1 = gl.convert_layout(low1, left)
+        mbarrier.wait(full.index(s), (i // STAGES) & 1)
+        if length - i * 64 < 64:
+            _zero_rows(kk0, length - i * 64, 64, WARPS)
+            _zero_rows(kk1, length - i * 64, 64, WARPS)
+            _zero_rows(vs.index(s), length - i * 64, BV, WARPS)
+            fence_async_shared()
+            barrier()
+        KS = warpgroup_mma(A0, kk0.permute((1, 0)), zero, use_acc=False, is_async=True)
+        KS = warpgroup_mma(A1, kk1.permute((1, 0)), KS, is_async=True)
+        if OUTPUT:
+            QS = warpgroup_mma(A0, q0.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
+        vv = _widen(vs.index(s).permute((1, 0)).load(mma))
+        gam = gates.slice(64, 64).load(col)
+        beta = gates.slice(0, 64).load(col)
+        tma.store_wait(0)
+        barrier()  # every warp is done with the last chunk's tiles, and what it stored has left shared memory
+        mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1, pred=i > 0)
+        # The last chunk's output, and this one's first state.
+        outs.permute((1, 0)).store(out)
+        if not OUTPUT:
+            h0.permute((1, 0)).store(low0)
+            h1.permute((1, 0)).store(low1)
+        fence_async_shared()
+        KS = warpgroup_mma_wait(1 if OUTPUT else 0, deps=[KS])
+        W = vv - gam[None, :] * KS
+        A = gl.convert_layout((beta[None, :] * W).to(dtype), left)
+        U = warpgroup_mma(A, ys.index(s).permute((1, 0)), W, is_async=True)
+        if OUTPUT:
+            QS = warpgroup_mma(A1, q1.index(s).permute((1, 0)), QS, is_async=True)
+        barrier()
+        # There is no chunk -1: nothing is stored to a row that does not exist.
+        tma.async_copy_shared_to_global(o_tma, [gl.where(i > 0, row + i * 64 - 64, 1 << 30), v_col], outs)
+        if not OUTPUT:
+            state = (tile + i * tiles) * 128
+            tma.async_copy_shared_to_global(h_tma, [state, v_col % 128], h0)
+            tma.async_copy_shared_to_global(h_tma, [state + 64, v_col % 128], h1)
+        rate = gates.slice(128, 64).load(col) * beta
+        U = warpgroup_mma_wait(1 if OUTPUT else 0, deps=[U])
+        A = gl.convert_layout((rate[None, :] * U).to(dtype), left)
+        if not OUTPUT:
+            out = _narrow(U, dtype)
+        S0 = warpgroup_mma(A, kk0, S0, is_async=True)
+        S1 = warpgroup_mma(A, kk1, S1, is_async=True)
+        if OUTPUT:
+            scale_gam = gates.slice(192, 64).load(col)
+            beta = gates.slice(0, 64).load(col)  # again, or the products with it are moved before those of S
+            U, QS = warpgroup_mma_wait(2, deps=[U, QS])
+            A = gl.convert_layout((beta[None, :] * U).to(dtype), left)
+            PV = warpgroup_mma(A, ps.index(s).permute((1, 0)), scale_gam[None, :] * QS, is_async=True)
+        decay = gl.where(i + 1 < n, gl.exp2(c_last), 1.0)
+        S0 = warpgroup_mma_wait(2 if OUTPUT else 1, deps=[S0])
+        low0 = _narrow(S0, dtype)
+        S0 = _scale(S0, decay)
+        S1 = warpgroup_mma_wait(1 if OUTPUT else 0, deps=[S1])
+        low1 = _narrow(S1, dtype)
+        S1 = _scale(S1, decay)
+        if OUTPUT:
+            out = _narrow(warpgroup_mma_wait(0, deps=[PV]), dtype)
+    tma.store_wait(0)
+    if n > 0:
+        barrier()
+        outs.permute((1, 0)).store(out)
+        barrier()
+        _store_rows(outs, o + (n - 1).to(gl.int64) * (64 * STRIDE), STRIDE, length - (n - 1) * 64, BV, WARPS)
+    if OUTPUT:
+        _store_state(final, S0, 0, BV, mma)
+        _store_state(final, S1, 1, BV, mma)
+
+
+@gluon.jit(do_not_specialize=["T"])
+def _scan_kernel(
+    q_tma, k_tma, v_tma, Y_tma, P_tma, gates_tma, o_tma, h_tma, gates, initial, final, o, cu, first_chunk, T,
+    HK: gl.constexpr, HV: gl.constexpr, BV: gl.constexpr, DOCUMENTS: gl.constexpr, INITIAL: gl.constexpr,
+    OUTPUT: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """Forward: o and the final states (OUTPUT), or the chunks' first states h and U (to o)."""
+    NV: gl.constexpr = 128 // BV
+    dtype: gl.constexpr = k_tma.dtype
+    BYTES: gl.constexpr = (6 if OUTPUT else 3) * 8192 + 128 * BV + 1024
+    pid = gl.program_id(0)
+    hv = (pid // NV) % HV
+    k_col = hv // (HV // HK) * 128
+    v_col = hv * 128 + pid % NV * BV
+    start, length, chunk = _sequence(pid // (NV * HV), cu, first_chunk, T, DOCUMENTS)
+    n = (length + 63) // 64
+    tile = chunk * HV + hv
+    state = (pid // NV).to(gl.int64) * (128 * 128) + pid % NV * BV
+    last = gates + tile.to(gl.int64) * 448 + 63
+    k0 = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], k_tma.layout)
+    k1 = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], k_tma.layout)
+    vs = gl.allocate_shared_memory(dtype, [STAGES, 64, BV], v_tma.layout)
+    ys = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], Y_tma.layout)
+    xs = gl.allocate_shared_memory(gl.float32, [STAGES, 4, 64], gates_tma.layout)
+    outs = gl.allocate_shared_memory(dtype, [64, BV], o_tma.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    if OUTPUT:
+        q0 = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], q_tma.layout)
+        q1 = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], q_tma.layout)
+        ps = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], P_tma.layout)
+        h0 = outs
+        h1 = outs
+    else:
+        q0 = k0
+        q1 = k1
+        ps = ys
+        h0 = gl.allocate_shared_memory(dtype, [64, BV], h_tma.layout)
+        h1 = gl.allocate_shared_memory(dtype, [64, BV], h_tma.layout)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=1)
+    fence_async_shared()
+    barrier()
+    gl.warp_specialize([
+        (_scan_consumer, (
+            n, length, start, tile, HV, v_col, o_tma, h_tma, last, initial + state, final + state,
+            o + start.to(gl.int64) * (HV * 128) + v_col, k0, k1, q0, q1, vs, ys, ps, xs, outs, h0, h1, full, empty,
+            BV, HV * 128, INITIAL, OUTPUT, STAGES, WARPS,
+        )),
+        (_producer, (
+            n, start, tile, HV, k_col, v_col, q_tma, k_tma, v_tma, Y_tma, P_tma, gates_tma,
+            k0, k1, q0, q1, vs, ys, ps, xs, full, empty, OUTPUT, STAGES, BYTES, False,
+        )),
+    ], [1], [24])  # fmt: skip
+
+
+@gluon.jit
+def _reverse_scan_consumer(
+    n, length, row, tile, tiles, v_col, z_tma, dh_tma, last, d_final, d_initial, z,
+    k0, k1, q0, q1, ds, ys, ps, xs, outs, h0, h1, full, empty,
+    BV: gl.constexpr, STRIDE: gl.constexpr, FINAL: gl.constexpr, INITIAL: gl.constexpr, STAGES: gl.constexpr,
+    WARPS: gl.constexpr,
+):  # fmt: skip
+    """As _scan_consumer, from the last chunk to the first; S is the gradient of the state here."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 64, 16])
+    left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    col: gl.constexpr = gl.SliceLayout(0, mma)
+    dtype: gl.constexpr = k0.dtype
+    zero = gl.zeros([BV, 64], gl.float32, mma)
+    if FINAL:
+        S0 = _load_state(d_final, 0, BV, mma)
+        S1 = _load_state(d_final, 1, BV, mma)
+    else:
+        S0 = zero
+        S1 = zero
+    low0 = S0.to(dtype)
+    low1 = S1.to(dtype)
+    tail = length % 64
+    PG = zero
+    if n > 0:
+        decay = gl.exp2(gl.load(last + (n - 1).to(gl.int64) * (tiles * 448)))
+        S0 = _scale(S0, decay)
+        S1 = _scale(S1, decay)
+        mbarrier.wait(full.index(0), 0)
+        if tail > 0:
+            _zero_rows(k0.index(0), tail, 64, WARPS)
+            _zero_rows(k1.index(0), tail, 64, WARPS)
+            _zero_rows(q0.index(0), tail, 64, WARPS)
+            _zero_rows(q1.index(0), tail, 64, WARPS)
+            _zero_rows(ds.index(0), tail, BV, WARPS)
+            fence_async_shared()
+            barrier()
+        G = gl.convert_layout(ds.index(0).permute((1, 0)).load(mma), left)
+        PG = warpgroup_mma(G, ps.index(0), zero, use_acc=False)
+    out = gl.zeros([BV, 64], dtype, mma)
+    for i in range(0, n):
+        s = i % STAGES
+        c = n - 1 - i
+        kk0 = k0.index(s)
+        kk1 = k1.index(s)
+        gates = xs.index(s).reshape([256])
+        c_last = gl.load(last + gl.maximum(c - 1, 0).to(gl.int64) * (tiles * 448))
+        A0 = gl.convert_layout(low0, left)
+        A1 = gl.convert_layout(low1, left)
+        KS = warpgroup_mma(A0, kk0.permute((1, 0)), zero, use_acc=False, is_async=True)
+        KS = warpgroup_mma(A1, kk1.permute((1, 0)), KS, is_async=True)
+        scale_gam = gates.slice(192, 64).load(col)
+        grad = _widen(ds.index(s).permute((1, 0)).load(mma))
+        G = gl.convert_layout((scale_gam[None, :] * grad).to(dtype), left)
+        S0 = warpgroup_mma(G, q0.index(s), S0, is_async=True)
+        tma.store_wait(0)
+        barrier()  # as in the forward scan
+        mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1, pred=i > 0)
+        outs.permute((1, 0)).store(out)
+        h0.permute((1, 0)).store(low0)
+        h1.permute((1, 0)).store(low1)
+        fence_async_shared()
+        dec = gates.slice(128, 64).load(col)
+        beta = gates.slice(0, 64).load(col)
+        KS = warpgroup_mma_wait(1, deps=[KS])
+        d_new = dec[None, :] * KS + PG
+        A = gl.convert_layout((beta[None, :] * d_new).to(dtype), left)
+        Z = warpgroup_mma(A, ys.index(s), d_new, is_async=True)
+        S1 = warpgroup_mma(G, q1.index(s), S1, is_async=True)
+        barrier()
+        # A tail's Z is stored below.
+        stored = (i > 1) | ((i == 1) & (tail == 0))
+        tma.async_copy_shared_to_global(z_tma, [gl.where(stored, row + c * 64 + 64, 1 << 30), v_col], outs)
+        state = (tile + c * tiles) * 128
+        tma.async_copy_shared_to_global(dh_tma, [state, v_col % 128], h0)
+        tma.async_copy_shared_to_global(dh_tma, [state + 64, v_col % 128], h1)
+        rate = -gates.slice(64, 64).load(col) * beta
+        Z = warpgroup_mma_wait(1, deps=[Z])
+        A = gl.convert_layout((rate[None, :] * Z).to(dtype), left)
+        out = _narrow(Z, dtype)
+        S0 = warpgroup_mma(A, kk0, S0, is_async=True)
+        S1 = warpgroup_mma(A, kk1, S1, is_async=True)
+        # P^T dO of the next chunk (behind the last one: of anything, and unused).
+        t = (i + 1) % STAGES
+        mbarrier.wait(full.index(t), ((i + 1) // STAGES) & 1, pred=c > 0)
+        G = gl.convert_layout(ds.index(t).permute((1, 0)).load(mma), left)
+        PG = warpgroup_mma(G, ps.index(t), zero, use_acc=False, is_async=True)
+        decay = gl.where(c > 0, gl.exp2(c_last), 1.0)
+        S0 = warpgroup_mma_wait(2, deps=[S0])
+        low0 = _narrow(S0, dtype)
+        S0 = _scale(S0, decay)
+        S1 = warpgroup_mma_wait(1, deps=[S1])
+        low1 = _narrow(S1, dtype)
+        S1 = _scale(S1, decay)
+        PG = warpgroup_mma_wait(0, deps=[PG])
+        if (c == 0) | ((i == 0) & (tail > 0)):
+            valid = gl.minimum(length - c * 64, 64)
+            tma.store_wait(0)
+            barrier()
+            outs.permute((1, 0)).store(out)
+            barrier()
+            _store_rows(outs, z + c.to(gl.int64) * (64 * STRIDE), STRIDE, valid, BV, WARPS)
+            barrier()
+    if INITIAL:
+        _store_state(d_initial, S0, 0, BV, mma)
+        _store_state(d_initial, S1, 1, BV, mma)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["T"])
+def _reverse_scan_kernel(
+    q_tma, k_tma, do_tma, Y_tma, P_tma, gates_tma, z_tma, dh_tma, gates, d_final, d_initial, z, cu, first_chunk, T,
+    HK: gl.constexpr, HV: gl.constexpr, BV: gl.constexpr, DOCUMENTS: gl.constexpr, FINAL: gl.constexpr,
+    INITIAL: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """Backward: the gradient of the state after each chunk (dh), Z, and the gradient of the initial states."""
+    NV: gl.constexpr = 128 // BV
+    dtype: gl.constexpr = k_tma.dtype
+    BYTES: gl.constexpr = 6 * 8192 + 128 * BV + 1024
+    pid = gl.program_id(0)
+    hv = (pid // NV) % HV
+    k_col = hv // (HV // HK) * 128
+    v_col = hv * 128 + pid % NV * BV
+    start, length, chunk = _sequence(pid // (NV * HV), cu, first_chunk, T, DOCUMENTS)
+    n = (length + 63) // 64
+    tile = chunk * HV + hv
+    state = (pid // NV).to(gl.int64) * (128 * 128) + pid % NV * BV
+    last = gates + tile.to(gl.int64) * 448 + 63
+    k0 = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], k_tma.layout)
+    k1 = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], k_tma.layout)
+    q0 = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], q_tma.layout)
+    q1 = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], q_tma.layout)
+    ds = gl.allocate_shared_memory(dtype, [STAGES, 64, BV], do_tma.layout)
+    ys = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], Y_tma.layout)
+    ps = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], P_tma.layout)
+    xs = gl.allocate_shared_memory(gl.float32, [STAGES, 4, 64], gates_tma.layout)
+    outs = gl.allocate_shared_memory(dtype, [64, BV], z_tma.layout)
+    h0 = gl.allocate_shared_memory(dtype, [64, BV], dh_tma.layout)
+    h1 = gl.allocate_shared_memory(dtype, [64, BV], dh_tma.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=1)
+    fence_async_shared()
+    barrier()
+    gl.warp_specialize([
+        (_reverse_scan_consumer, (
+            n, length, start, tile, HV, v_col, z_tma, dh_tma, last, d_final + state, d_initial + state,
+            z + start.to(gl.int64) * (HV * 128) + v_col, k0, k1, q0, q1, ds, ys, ps, xs, outs, h0, h1, full, empty,
+            BV, HV * 128, FINAL, INITIAL, STAGES, WARPS,
+        )),
+        (_producer, (
+            n, start, tile, HV, k_col, v_col, q_tma, k_tma, do_tma, Y_tma, P_tma, gates_tma,
+            k0, k1, q0, q1, ds, ys, ps, xs, full, empty, True, STAGES, BYTES, True,
+        )),
+    ], [1], [24])  # fmt: skip
+
+
+def serves(p: Problem, *rows: Tensor) -> bool:
+    """Whether these kernels can take the problem; `rows` are the [N, heads, dim] views read beside q and k."""
+    c = p.constants
+    return (
+        (c["K"], c["V"], c["C"]) == (128, 128, 64)
+        and p.q.dtype in (torch.bfloat16, torch.float16)
+        and p.q.shape[0] > 0
+        and p.q.is_cuda
+        and torch.cuda.get_device_capability(p.q.device)[0] == 9
+        and all(
+            x.stride(1) == x.shape[2] and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 for x in (p.q, p.k, *rows)
+        )
+    )
+
+
+def descriptor(x: Tensor, rows: int, cols: int) -> TensorDescriptor:
+    """Of [rows, cols] tiles of x as a matrix: [N, heads, dim] with heads side by side, or [..., rows, cols]."""
+    bits = x.element_size() * 8
+    layout = gl.NVMMASharedLayout(128 if bits == 16 else 0, bits, 2)
+    if x.ndim == 3:
+        return TensorDescriptor(x, [x.shape[0], x.shape[1] * x.shape[2]], [x.stride(0), 1], [rows, cols], layout)
+    return TensorDescriptor(x, [x.numel() // x.shape[-1], x.shape[-1]], [x.shape[-1], 1], [rows, cols], layout)
+
+
+def launch_scan(
+    p: Problem, gates: Tensor, Y: Tensor, P: Tensor | None, initial: Tensor | None, final: Tensor | None, o: Tensor,
+    h: Tensor | None,
+) -> None:  # fmt: skip
+    """Forward's scan (P and final given: o is the output) or backward's recomputation (h given: o receives U)."""
+    c = p.constants
+    # Wide slices read less, narrow ones fill the card where there are few sequences and heads.
+    BV, stages = (128, 2) if p.num_sequences * c["HV"] >= NUM_SMS else (64, 3)
+    rows = o.flatten(0, 1)
+    # A kernel takes no None: what a mode has no use for is another tensor of its kind.
+    _scan_kernel[(p.num_sequences * c["HV"] * (128 // BV),)](
+        *(descriptor(x, 64, 64) for x in (p.q, p.k)), descriptor(p.v, 64, BV),
+        *(descriptor(x, 64, 64) for x in (Y, Y if P is None else P)), descriptor(gates, 4, 64),
+        descriptor(rows, 64, BV), descriptor(rows if h is None else h, 64, BV),
+        gates, gates if initial is None else initial, gates if final is None else final, o,
+        gates if p.cu is None else p.cu, gates if p.cu is None else p.first_chunk, p.length,
+        HK=c["HK"], HV=c["HV"], BV=BV, DOCUMENTS=p.cu is not None, INITIAL=initial is not None, OUTPUT=h is None,
+        STAGES=stages, WARPS=BV // 16, num_warps=BV // 16,
+    )  # fmt: skip
+
+
+def launch_reverse_scan(
+    p: Problem, grad: Tensor, gates: Tensor, Y: Tensor, P: Tensor, d_final: Tensor | None, d_initial: Tensor, z: Tensor,
+    dh: Tensor,
+) -> None:  # fmt: skip
+    """Write z, dh and, where it is not empty, d_initial; `grad` is the gradient of o, [N, HV, V]."""
+    c = p.constants
+    BV, stages = 64, 3
+    _reverse_scan_kernel[(p.num_sequences * c["HV"] * (128 // BV),)](
+        *(descriptor(x, 64, 64) for x in (p.q, p.k)), descriptor(grad, 64, BV),
+        *(descriptor(x, 64, 64) for x in (Y, P)), descriptor(gates, 4, 64),
+        descriptor(z.flatten(0, 1), 64, BV), descriptor(dh, 64, BV),
+        gates, gates if d_final is None else d_final, d_initial if d_initial.numel() else gates, z,
+        gates if p.cu is None else p.cu, gates if p.cu is None else p.first_chunk, p.length,
+        HK=c["HK"], HV=c["HV"], BV=BV, DOCUMENTS=p.cu is not None, FINAL=d_final is not None,
+        INITIAL=d_initial.numel() > 0, STAGES=stages, WARPS=BV // 16, num_warps=BV // 16,
+    )  # fmt: skip
