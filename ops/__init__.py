@@ -1,15 +1,19 @@
 """The operators of Qwen3-Next as torch.library ops: `torch.ops.q3n.*` behind one checked function each."""
 
+from q3n_functional.ops.attention import attention
 from q3n_functional.ops.causal_conv import causal_conv
 from q3n_functional.ops.gated_delta_rule import gated_delta_rule, recurrent_gated_delta_rule
 from q3n_functional.ops.grouped_swiglu import grouped_swiglu
+from q3n_functional.ops.linear_cross_entropy import linear_cross_entropy
 from q3n_functional.ops.rms_norm_gated import rms_norm_gated
 from q3n_functional.ops.router_logits import router_logits
 
 __all__ = [
+    "attention",
     "causal_conv",
     "gated_delta_rule",
     "grouped_swiglu",
+    "linear_cross_entropy",
     "recurrent_gated_delta_rule",
     "rms_norm_gated",
     "router_logits",

@@ -73,7 +73,7 @@ def _run(name: str, reference: Callable[..., Outputs], kernel: str | None, *args
             raise NotImplementedError(f"q3n::{name} has no Triton kernel: ask for impl='reference' or 'auto'")
         try:
             outputs = _load(kernel)(*arguments)
-            _say_once(f"q3n::{name} on {device} runs its Triton kernel")
+            _say_once(f"q3n::{name} on {device} runs its kernel")
             return outputs
         except UnsupportedError as error:
             if impl == "triton":
@@ -151,7 +151,7 @@ def differentiable(
     torch.library.register_vmap(op._schema.name, vmap, lib=_library)
 
     def call(*args: Any) -> Any:
-        return transformable(*args) if _transform_is_active() else op(*args)
+        return transformable(*args) if transform_is_active() else op(*args)
 
     return call
 
@@ -166,7 +166,8 @@ def gradient(op: OpOverload) -> Callable[..., Any]:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _transform_is_active() -> bool:
+def transform_is_active() -> bool:
+    """Whether a torch.func transform, or forward mode, surrounds the call being traced."""
     # Forward-mode levels count too: a custom op would silently give them a zero, the autograd.Function raises.
     forward_mode = torch.autograd.forward_ad._current_level >= 0
     return forward_mode or torch._C._functorch.peek_interpreter_stack() is not None

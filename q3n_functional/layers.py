@@ -1,6 +1,6 @@
 """The layers of Qwen3-Next as functions of their parameters.
 
-Letters: B batch, T time, D model width, S keys that a query may see, H query or value heads, G key/value heads,
+Letters: B batch, T time, D model width, H query or value heads, G key/value heads,
 N key heads of linear attention, K head dim, V value dim, R half of the rotated dims.
 """
 
@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import linear
 
 from q3n_functional import packing, params, rotary
 from q3n_functional.cache import KeyValues, LinearState, State, Tentative
 from q3n_functional.config import Config
 from q3n_functional.feed_forward import RouterStatistics, mixture_of_experts, swiglu
-from q3n_functional.ops import causal_conv, gated_delta_rule, recurrent_gated_delta_rule, rms_norm_gated
+from q3n_functional.ops import attention, causal_conv, gated_delta_rule, recurrent_gated_delta_rule, rms_norm_gated
 from q3n_functional.ops.registration import wide
 from q3n_functional.packing import Documents
 
@@ -26,17 +26,16 @@ from q3n_functional.packing import Documents
 class Context(NamedTuple):
     """What every layer of one batch shares.
 
-    documents: None where each row is one. cos_BTR, sin_BTR: of the rotated dims, fp32. mask_BTS: which keys each query
-    sees, None for the plain causal triangle. valid_BT: which tokens the router's statistics count, None for all.
-    slots: where the cache takes each token's keys and values, None without a cache. tentative: whether linear layers
-    return a `Tentative` state.
+    documents: None where each row is one. cos_BTR, sin_BTR: of the rotated dims, fp32. valid_BT: which tokens the
+    router's statistics count, None for all. lengths_N: int32, the tokens in the cache's rows, and slots: where it takes
+    each token's keys and values, None without a cache. tentative: whether linear layers return a `Tentative` state.
     """
 
     documents: Documents | None
     cos_BTR: Tensor
     sin_BTR: Tensor
-    mask_BTS: Tensor | None
     valid_BT: Tensor | None
+    lengths_N: Tensor | None = None
     slots: Slots | None = None
     tentative: bool = False
 
@@ -57,13 +56,12 @@ def context(
     tokens_BT: Tensor,
     documents: Documents | None,
     lengths_N: Tensor | None,
-    capacity: int,
     config: Config,
     tentative: bool = False,
 ) -> Context:
     """The `Context` of a batch, packed or padded with `documents`.
 
-    With `lengths_N`, the tokens in a cache of that capacity, the batch continues its sequences: row b, or document n.
+    With `lengths_N`, the tokens in a cache, the batch continues its sequences: row b, or document n.
     """
     if documents is not None:
         if documents.positions_BT.shape != tokens_BT.shape:
@@ -72,33 +70,27 @@ def context(
                 f"{tuple(tokens_BT.shape)}; make them with the tokens' batch and length"
             )
         positions, totals = documents.positions_BT, packing.lengths(documents)
-        mask: Tensor | None = _document_mask(documents)
         slots = None
         if lengths_N is not None:
             rows, before = _rows(documents, lengths_N)
             positions, totals = positions + before, totals + before
-            mask, slots = (
-                _packed_cache_mask(rows, positions, lengths_N, capacity),
-                _packed_slots(documents, rows, positions),
-            )
+            slots = _packed_slots(documents, rows, positions)
     else:
-        positions, totals, mask, slots = _row_positions(tokens_BT, lengths_N, capacity)
+        positions, totals, slots = _row_positions(tokens_BT, lengths_N)
     cos, sin = rotary.cos_sin(
         positions, totals, config.head_dim, config.max_position_embeddings, config.rope_parameters
     )
     valid = None if documents is None else documents.valid_BT
-    return Context(documents, cos, sin, mask, valid, slots, tentative)
+    return Context(documents, cos, sin, valid, lengths_N, slots, tentative)
 
 
-def _row_positions(
-    tokens_BT: Tensor, lengths_B: Tensor | None, capacity: int
-) -> tuple[Tensor, Tensor, Tensor | None, Slots | None]:
+def _row_positions(tokens_BT: Tensor, lengths_B: Tensor | None) -> tuple[Tensor, Tensor, Slots | None]:
     positions = torch.arange(tokens_BT.shape[1], dtype=torch.int32, device=tokens_BT.device).expand(tokens_BT.shape)
     if lengths_B is None:
-        return positions, positions[:, -1:] + 1, None, None
+        return positions, positions[:, -1:] + 1, None
     positions = positions + lengths_B[:, None]
     rows = torch.arange(tokens_BT.shape[0], device=tokens_BT.device)[:, None].expand(tokens_BT.shape)
-    return positions, positions[:, -1:] + 1, _cache_mask(positions, capacity), Slots(rows, positions.long())
+    return positions, positions[:, -1:] + 1, Slots(rows, positions.long())
 
 
 def _rows(documents: Documents, lengths_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,27 +99,12 @@ def _rows(documents: Documents, lengths_N: Tensor) -> tuple[Tensor, Tensor]:
     return rows_BT, lengths_N[rows_BT]
 
 
-def _packed_cache_mask(rows_BT: Tensor, positions_BT: Tensor, lengths_N: Tensor, capacity: int) -> Tensor:
-    mine_BTN = rows_BT[..., None] == torch.arange(lengths_N.shape[0], device=rows_BT.device)
-    return (mine_BTN[..., None] & _cache_mask(positions_BT, capacity)[:, :, None]).flatten(2)
-
-
 def _packed_slots(documents: Documents, rows_BT: Tensor, positions_BT: Tensor) -> Slots:
     # Padding writes the last valid token's entry once more: equal values need no order.
     tokens = torch.arange(rows_BT.numel(), device=rows_BT.device).view(rows_BT.shape)
     tokens = torch.minimum(tokens, documents.cu_seqlens[-1] - 1)
     rows, positions = (x.flatten()[tokens].long() for x in (rows_BT, positions_BT))
     return Slots(rows, positions.where(tokens >= 0, 0), tokens)
-
-
-def _document_mask(documents: Documents) -> Tensor:
-    segments, length = documents.segment_ids_BT, documents.segment_ids_BT.shape[1]
-    time = torch.arange(length, device=segments.device)
-    return (segments[:, :, None] == segments[:, None, :]) & (time[:, None] >= time)
-
-
-def _cache_mask(positions_BT: Tensor, capacity: int) -> Tensor:
-    return torch.arange(capacity, device=positions_BT.device) <= positions_BT[:, :, None]
 
 
 def rms_norm(x_BTD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -214,12 +191,9 @@ def gated_attention(
     k_BTGK = _rotated(k_BTGK, p.k_norm, context, config)
     if state is not None and context.slots is not None:
         k_BTGK, v_BTGK = _written(state.k, k_BTGK, context.slots), _written(state.v, v_BTGK, context.slots)
-    mask = None if context.mask_BTS is None else context.mask_BTS[:, None]
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
-    if context.documents is not None and context.slots is not None:  # all rows are in reach, the mask leaves one
-        k, v = (x.flatten(0, 1).transpose(0, 1).expand(q.shape[0], -1, -1, -1) for x in (k_BTGK, v_BTGK))
-    o_BHTK = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-    y_BTQ = (o_BHTK.transpose(1, 2) * torch.sigmoid(gate_BTHK)).flatten(2)
+    cu_seqlens = None if context.documents is None else context.documents.cu_seqlens
+    o_BTHK = attention(q_BTHK, k_BTGK, v_BTGK, cu_seqlens, None if state is None else context.lengths_N)
+    y_BTQ = (o_BTHK * torch.sigmoid(gate_BTHK)).flatten(2)
     return linear(y_BTQ, p.out), KeyValues(k_BTGK, v_BTGK)
 
 

@@ -19,7 +19,7 @@ from q3n_functional.cache import Cache, State, Tentative
 from q3n_functional.config import Config
 from q3n_functional.feed_forward import RouterStatistics
 from q3n_functional.layers import Context, context, decoder_layer, rms_norm
-from q3n_functional.ops.registration import wide
+from q3n_functional.ops import linear_cross_entropy
 from q3n_functional.packing import IGNORE, Documents, same_document, shift
 from q3n_functional.params import LinearAttention, MultiTokenPrediction, Parameters
 
@@ -131,13 +131,13 @@ def _context(
     tokens_BT: Tensor, documents: Documents | None, cache: Cache | None, config: Config, tentative: bool
 ) -> Context:
     if cache is None:
-        return context(tokens_BT, documents, None, 0, config)
+        return context(tokens_BT, documents, None, config)
     num, rows = len(cache.lengths_B), len(tokens_BT) if documents is None else len(documents.cu_seqlens) - 1
     if num != rows:
         raise ValueError(f"a cache of {num} sequences cannot be continued by {rows}: give each one row or document")
     if tentative and documents is not None:
         raise ValueError("tentative tokens lie in rows: documents cannot be given with them")
-    return context(tokens_BT, documents, cache.lengths_B, caches.capacity(cache) or 0, config, tentative)
+    return context(tokens_BT, documents, cache.lengths_B, config, tentative)
 
 
 def _continued(
@@ -173,7 +173,7 @@ def multi_token_prediction(
     At t it sees h_t and the embedding of token t+1 of the same document (DeepSeek-V3, section 2.2; names as in the
     published checkpoint). Where a document has no such token the result means nothing and is never a target.
     """
-    shared = context(tokens_BT, documents, None, 0, config)._replace(valid_BT=_has_next(tokens_BT, documents))
+    shared = context(tokens_BT, documents, None, config)._replace(valid_BT=_has_next(tokens_BT, documents))
     e_BTD = rms_norm(
         embedding(shift(tokens_BT, documents, 1, 0), embed_tokens), p.pre_fc_norm_embedding, config.rms_norm_eps
     )
@@ -232,35 +232,20 @@ def loss(
     own = count_targets(tokens_BT, documents, labels_BT)
     totals = (own if num_targets is None else num_targets).clamp(min=1)
     main_BT = targets(tokens_BT, documents, labels_BT)
-    cross_entropy, z_loss = (x / totals[0] for x in _cross_entropy(h_BTD, head(params), main_BT))
+    main, cross_entropy, z_loss = (
+        x / totals[0] for x in linear_cross_entropy(h_BTD, head(params), main_BT, z_loss_coef)
+    )
     mtp_loss = torch.zeros_like(cross_entropy)
     if isinstance(params.mtp, MultiTokenPrediction):
         h2_BTD, new = multi_token_prediction(
             params.mtp, params.embed_tokens, h_BTD, tokens_BT, documents, config=config
         )
         statistics = _pooled(statistics, new)
-        mtp_loss = _cross_entropy(h2_BTD, head(params), targets(tokens_BT, documents, labels_BT, by=2))[0] / totals[1]
+        later_BT = targets(tokens_BT, documents, labels_BT, by=2)
+        mtp_loss = linear_cross_entropy(h2_BTD, head(params), later_BT).total / totals[1]
     aux_loss = load_balancing_loss(statistics) * own[0].clamp(min=1) / totals[0]
-    total = (
-        cross_entropy
-        + z_loss_coef * z_loss
-        + config.mtp_loss_scaling_factor * mtp_loss
-        + config.router_aux_loss_coef * aux_loss
-    )
+    total = main + config.mtp_loss_scaling_factor * mtp_loss + config.router_aux_loss_coef * aux_loss
     return total, Metrics(*(x.detach() for x in (cross_entropy, mtp_loss, aux_loss, z_loss, own[0])))
-
-
-def _cross_entropy(h_BTD: Tensor, head_VD: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over the targets of the cross-entropy and of the squared log-partition, in fp32."""
-    logits_BTV = linear(h_BTD, head_VD)
-    logits_BTV = logits_BTV.to(wide(logits_BTV.dtype))
-    kept = targets_BT != IGNORE
-    partition_BT = logits_BTV.logsumexp(-1)
-    picked_BT = logits_BTV.gather(-1, targets_BT.where(kept, 0)[..., None])[..., 0]
-    zero = partition_BT.new_zeros(())
-    sums = (torch.where(kept, x, zero).sum() for x in (partition_BT - picked_BT, partition_BT.square()))
-    cross_entropy, z_loss = sums
-    return cross_entropy, z_loss
 
 
 def load_balancing_loss(statistics: RouterStatistics) -> Tensor:

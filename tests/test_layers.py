@@ -27,7 +27,7 @@ def random_input(*shape, dtype=torch.float64, seed=0):
 
 
 def shared(batch, length, config):
-    return context(torch.zeros(batch, length, dtype=torch.long), None, None, 0, config)
+    return context(torch.zeros(batch, length, dtype=torch.long), None, None, config)
 
 
 def test_norm_is_the_identity_on_normalised_rows_when_fresh():

@@ -63,7 +63,7 @@ def test_multi_token_prediction_by_its_definition():
     m, eps = tree.mtp, config.rms_norm_eps
     e = layers.rms_norm(tree.embed_tokens[tokens[:, 1:]], m.pre_fc_norm_embedding, eps)
     x = torch.cat([e, layers.rms_norm(h[:, :-1], m.pre_fc_norm_hidden, eps)], -1) @ m.fc.T
-    shared = layers.context(tokens[:, 1:], None, None, 0, config)
+    shared = layers.context(tokens[:, 1:], None, None, config)
     x, _, _ = layers.decoder_layer(m.layer, x, shared, None, config=config)
     x = layers.rms_norm(x, m.norm, eps)
     actual, _ = multi_token_prediction(m, tree.embed_tokens, h, tokens, config=config)

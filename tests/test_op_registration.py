@@ -19,9 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from q3n_functional.ops import (
+    attention,
     causal_conv,
     gated_delta_rule,
     grouped_swiglu,
+    linear_cross_entropy,
     recurrent_gated_delta_rule,
     registration,
     rms_norm_gated,
@@ -41,7 +43,7 @@ class Case(NamedTuple):
 
 
 def random(*shape, dtype, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def documents(extent):
@@ -110,12 +112,30 @@ def swiglu_case(extent, dtype):
     return Case(call, [x, weights, *matrices], experts)
 
 
+def attention_case(extent, dtype, packed=False, cached=False):
+    (rows, sequences, where) = (1, 4, documents(extent)) if packed else (2, 2, None)
+    sizes = (sequences, extent + 3) if cached else (rows, extent)
+    inputs = [random(*shape, 3, dtype=dtype, seed=i) for i, shape in enumerate([(rows, extent, 4), *[(*sizes, 2)] * 2])]
+    lengths = torch.tensor([3, 0, 1, 2][:sequences], dtype=torch.int32) if cached else None
+    return Case(lambda *x, where, **impl: (attention(*x, where, lengths, **impl),), inputs, where)
+
+
+def cross_entropy_case(extent, dtype):
+    inputs = [random(2, extent, 3, dtype=dtype, seed=0), random(5, 3, dtype=dtype, seed=1)]
+    targets = torch.tensor([0, 3, -100, 4, 1]).repeat(2 * extent)[: 2 * extent].view(2, extent)
+    return Case(lambda *x, where, **impl: linear_cross_entropy(*x, where, 0.1, **impl)[:1], inputs, targets)
+
+
 def router_case(extent, dtype):
     inputs = [random(extent, 3, dtype=dtype, seed=0), random(4, 3, dtype=dtype, seed=1)]
     return Case(lambda *x, where, **impl: (router_logits(*x, **impl),), inputs)
 
 
 CASES = {
+    "attention": attention_case,
+    "attention, packed": lambda *size: attention_case(*size, packed=True),
+    "attention, cached": lambda *size: attention_case(*size, cached=True),
+    "attention, packed, cached": lambda *size: attention_case(*size, packed=True, cached=True),
     "causal_conv": conv_case,
     "causal_conv, packed": lambda *size: conv_case(*size, packed=True),
     "causal_conv, no state": lambda *size: conv_case(*size, state=False),
@@ -128,6 +148,7 @@ CASES = {
     "rms_norm_gated, one vector": norm_vector_case,
     "grouped_swiglu": swiglu_case,
     "router_logits": router_case,
+    "linear_cross_entropy": cross_entropy_case,
 }
 each_case = pytest.mark.parametrize("make", CASES.values(), ids=CASES)
 RICHEST = [name for name in CASES if f"{name}, packed" not in CASES and "no " not in name and "vector" not in name]
@@ -197,6 +218,10 @@ def test_schemas():
     assert_expected_inline(
         "\n".join(textwrap.fill(schema, 110, subsequent_indent="    ") for schema in schemas),
         """\
+q3n::attention(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, Tensor? lengths, float scale, str impl) ->
+    (Tensor, Tensor)
+q3n::attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor? cu_seqlens,
+    Tensor? lengths, float scale, str impl) -> (Tensor, Tensor, Tensor)
 q3n::causal_conv(Tensor x, Tensor weight, Tensor? initial_state, Tensor? cu_seqlens, str impl) -> (Tensor,
     Tensor)
 q3n::causal_conv_backward(Tensor? dy, Tensor? dfinal_state, Tensor x, Tensor weight, Tensor? initial_state,
@@ -212,6 +237,10 @@ q3n::grouped_swiglu(Tensor x, Tensor experts, Tensor weights, Tensor gate, Tenso
     -> (Tensor, Tensor, Tensor, Tensor)
 q3n::grouped_swiglu_backward(Tensor dy, Tensor x, Tensor weights, Tensor hidden, Tensor order, Tensor ends,
     Tensor gate, Tensor up, Tensor down, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor)
+q3n::linear_cross_entropy(Tensor h, Tensor head, Tensor targets, float z_loss_coef, bool gradients, str impl)
+    -> (Tensor, Tensor, Tensor, Tensor, Tensor)
+q3n::linear_cross_entropy_backward(Tensor dtotal, Tensor dh, Tensor dhead, Tensor h, Tensor head, str impl) ->
+    (Tensor, Tensor)
 q3n::recurrent_gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor?
     dt_bias, Tensor? initial_state, Tensor? cu_seqlens, float scale, bool qk_l2norm, float beta_scale, str
     impl) -> (Tensor, Tensor)
@@ -463,7 +492,8 @@ def test_vmap_of_vmap(make):
 
 
 @pytest.mark.parametrize(
-    ("name", "rows"), [("causal_conv", [0, 2]), ("gated_delta_rule", range(6)), ("rms_norm_gated", [0, 1])]
+    ("name", "rows"),
+    [("attention", range(3)), ("causal_conv", [0, 2]), ("gated_delta_rule", range(6)), ("rms_norm_gated", [0, 1])],
 )
 def test_vmap_over_rows_is_one_call(name, rows):
     """Of the public function, and of the op that it calls."""
@@ -615,7 +645,7 @@ q3n::toy_plain on cpu runs the PyTorch reference (no Triton kernel)
 q3n::toy_plain on cpu runs the PyTorch reference (as asked)
 q3n::toy_fast on cpu runs the PyTorch reference (Triton needs CUDA, not cpu)
 q3n::toy_fast on cpu runs the PyTorch reference (as asked)
-q3n::toy_fast on cpu runs its Triton kernel""",
+q3n::toy_fast on cpu runs its kernel""",
     )
 
 

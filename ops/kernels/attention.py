@@ -1,0 +1,91 @@
+"""Attention on CUDA by torch's flash attention (Dao 2023), given where each sequence lies.
+
+Chosen among what torch 2.11 to 2.13 offers for a head dim of 256 and lengths known on the device alone: it takes
+documents by their offsets without a mask, shares key/value heads without copies, and compiles nothing for a shape.
+(FlexAttention compiles for each shape and falls back to a [T, T] matrix where it is not compiled; cuDNN builds a plan
+for each shape; scaled_dot_product_attention with a mask writes the mask down.)
+"""
+
+import torch
+from torch import Tensor
+
+from q3n_functional.ops.registration import UnsupportedError
+
+DTYPES = (torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 256
+
+
+def _check(q: Tensor) -> None:
+    if q.dtype not in DTYPES:
+        raise UnsupportedError(f"q is {q.dtype}: flash attention takes bf16 and fp16")
+    if q.shape[3] > MAX_HEAD_DIM or q.shape[3] % 8:
+        raise UnsupportedError(f"head dim {q.shape[3]}: flash attention takes multiples of 8 to {MAX_HEAD_DIM}")
+
+
+def _rows(x: Tensor) -> Tensor:
+    """int32 [B+1]: where each row of x begins among the rows laid end to end."""
+    return torch.arange(x.shape[0] + 1, dtype=torch.int32, device=x.device) * x.shape[1]
+
+
+def _longest(x: Tensor, rows: bool = False) -> int:
+    # At most a row. At 1, flash attention takes each token for a sequence, and orders the log-partitions otherwise:
+    # right, and fast, where rows continue a cache, which nothing differentiates.
+    return x.shape[1] if rows else max(x.shape[1], 2)
+
+
+def _zero_behind(x_BTHK: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """x with zeros behind the last document, which no kernel has written."""
+    if cu_seqlens is not None:
+        index = torch.arange(x_BTHK.shape[0] * x_BTHK.shape[1], device=x_BTHK.device)
+        behind = (index >= cu_seqlens[-1]).view(*x_BTHK.shape[:2], 1, 1)
+        x_BTHK.masked_fill_(behind, 0)
+    return x_BTHK
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return the output and the log-partitions [B, T, H], as `q3n_functional.ops.attention` says."""
+    _check(q)
+    if not q.numel():
+        return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    offsets = _rows(q) if cu_seqlens is None else cu_seqlens
+    key_offsets, used = (offsets, None) if lengths is None else (_rows(k), lengths + offsets.diff())
+    cached = lengths is not None and cu_seqlens is None
+    o, lse_HN, *_ = torch.ops.aten._flash_attention_forward(
+        *(_dense(x) for x in (q, k, v)), offsets, key_offsets, _longest(q, rows=cached), _longest(k), 0.0, True, False,
+        scale=scale, seqused_k=used,
+    )  # fmt: skip
+    lse_BTH = lse_HN.reshape(q.shape[2], -1).mT.contiguous().view(q.shape[:3])
+    return _zero_behind(o.view(q.shape), cu_seqlens), lse_BTH
+
+
+def backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor | None,
+    lengths: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of q, k and v."""
+    _check(q)
+    if lengths is not None:
+        raise UnsupportedError("flash attention does not differentiate a cache of keys")
+    if not q.numel():
+        return tuple(torch.empty_like(x) for x in (q, k, v))
+    offsets = _rows(q) if cu_seqlens is None else cu_seqlens
+    unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout
+    gradients = torch.ops.aten._flash_attention_backward(
+        *(_dense(x) for x in (do, q, k, v, o)), lse.flatten(0, 1).mT.contiguous(), offsets, offsets,
+        _longest(q), _longest(k), 0.0, True, unused, unused, scale=scale,
+    )  # fmt: skip
+    return tuple(_zero_behind(d.view(x.shape), cu_seqlens) for d, x in zip(gradients, (q, k, v), strict=True))
+
+
+def _dense(x_BTHK: Tensor) -> Tensor:
+    """x as [B*T, H, K]. Contiguous, because the results take its strides."""
+    return x_BTHK.flatten(0, 1).contiguous()

@@ -1,0 +1,106 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+"""Cross-entropy of a linear head on CUDA: matrix products by cuBLAS a chunk of tokens at a time, the rest in Triton.
+
+With logits x of one token and log Z = log sum exp x, a program takes the row twice (the second time it lies in L2):
+
+    cross-entropy = log Z - x[target]        z = (log Z)^2
+    dx = exp(x - log Z) (1 + 2 c log Z) - onehot(target)
+
+The products take and give the inputs' dtype but for the logits and the sum of the head's gradient over the chunks, fp32
+both. Chunks depend on shapes alone and are added in their order, so repeated runs agree bit by bit.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from q3n_functional.ops.linear_cross_entropy import IGNORE, chunks
+from q3n_functional.ops.registration import UnsupportedError
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+BLOCK = 4096
+WARPS = 8
+
+
+@triton.jit(do_not_specialize=["coef"])
+def _row_kernel(
+    logits, targets, cross_entropy, z_loss, gradient, coef,
+    V: tl.constexpr, BV: tl.constexpr, IGNORE: tl.constexpr, GRADIENT: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    v = tl.arange(0, BV)
+    logits += row * V
+    gradient += row * V
+    target = tl.load(targets + row)
+    if target == IGNORE:
+        tl.store(cross_entropy + row, 0.0)
+        tl.store(z_loss + row, 0.0)
+        if GRADIENT:
+            for start in range(0, V, BV):
+                tl.store(gradient + start + v, tl.zeros([BV], gradient.dtype.element_ty), mask=start + v < V)
+    else:
+        largest = tl.full([BV], -1e30, tl.float32)  # finite, so that differences are numbers
+        total = tl.zeros([BV], tl.float32)
+        for start in range(0, V, BV):
+            x = tl.load(logits + start + v, mask=start + v < V, other=-float("inf"))
+            above = tl.maximum(largest, x)
+            total = total * tl.exp(largest - above) + tl.exp(x - above)
+            largest = above
+        top = tl.max(largest, 0)
+        partition = top + tl.log(tl.sum(total * tl.exp(largest - top), 0))
+        tl.store(cross_entropy + row, partition - tl.load(logits + target))
+        tl.store(z_loss + row, partition * partition)
+        if GRADIENT:
+            factor = 1.0 + 2.0 * coef * partition
+            for start in range(0, V, BV):
+                x = tl.load(logits + start + v, mask=start + v < V, other=-float("inf"))
+                dx = tl.exp(x - partition) * factor - (start + v == target).to(tl.float32)
+                tl.store(gradient + start + v, dx.to(gradient.dtype.element_ty), mask=start + v < V)
+
+
+def _check(h: Tensor, targets: Tensor, vocabulary: int) -> None:
+    if h.dtype not in DTYPES:
+        raise UnsupportedError(f"h is {h.dtype}: the Triton kernel takes bf16, fp16 and fp32")
+    valid = (targets == IGNORE) | ((targets >= 0) & (targets < vocabulary))
+    torch._assert_async(valid.all(), "a target is neither a token nor -100")
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` in fp32."""
+    return torch.mm(a, b) if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
+
+
+def _added(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """`total + a @ b` in fp32, in place."""
+    if total is None:
+        return _product(a, b)
+    if a.dtype == torch.float32:
+        return total.addmm_(a, b)
+    return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+
+
+def forward(
+    h: Tensor, head: Tensor, targets: Tensor, z_loss_coef: float, gradients: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the sums and, where asked for, the gradients, as `q3n_functional.ops.linear_cross_entropy` says."""
+    (num, _), vocabulary, h, head, targets = h.shape, len(head), h.contiguous(), head.contiguous(), targets.contiguous()
+    _check(h, targets, vocabulary)
+    terms = torch.empty(2, num, dtype=torch.float32, device=h.device)
+    dh, dhead = torch.empty_like(h) if gradients else h.new_empty(0), None
+    for rows in chunks(num, vocabulary, 4 + h.element_size() if gradients else 4):
+        logits = _product(h[rows], head.mT)
+        dlogits = torch.empty_like(logits, dtype=h.dtype) if gradients else logits
+        _row_kernel[(len(logits),)](
+            logits, targets[rows], terms[0, rows], terms[1, rows], dlogits, z_loss_coef,
+            V=vocabulary, BV=min(BLOCK, triton.next_power_of_2(vocabulary)), IGNORE=IGNORE, GRADIENT=gradients,
+            num_warps=WARPS,
+        )  # fmt: skip
+        del logits
+        if gradients:
+            torch.mm(dlogits, head, out=dh[rows])
+            dhead = _added(dhead, dlogits.mT, h[rows])
+    cross_entropy, z_loss = terms.sum(1)
+    if dhead is None:
+        dhead = torch.zeros_like(head) if gradients else head.new_empty(0)
+    return cross_entropy + z_loss_coef * z_loss, cross_entropy.clone(), z_loss.clone(), dh, dhead.to(head.dtype)
