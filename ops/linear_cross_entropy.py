@@ -66,12 +66,12 @@ def linear_cross_entropy(
 
 
 def chunks(num_tokens: int, vocabulary: int, bytes_each: int) -> Iterator[slice]:
-    """Ranges of tokens of one size (the last may be smaller), whose logits take at most `CHUNK_BYTES`."""
-    most = max(CHUNK_BYTES // (vocabulary * bytes_each) // 128 * 128, 1)
+    """Ranges of tokens of one size, a multiple of 128 but for the last, whose logits take at most `CHUNK_BYTES`."""
+    most = max(CHUNK_BYTES // (vocabulary * bytes_each) // 128, 1) * 128
     num = -(-num_tokens // most)
     size = -(-num_tokens // max(num, 1) // 128) * 128
-    for start in range(0, num_tokens, max(min(size, most), 1)):
-        yield slice(start, min(start + min(size, most), num_tokens))
+    for start in range(0, num_tokens, size or 1):
+        yield slice(start, min(start + size, num_tokens))
 
 
 def _terms(logits_MV: Tensor, targets_M: Tensor, z_loss_coef: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,7 +81,7 @@ def _terms(logits_MV: Tensor, targets_M: Tensor, z_loss_coef: float) -> tuple[Te
     index_M1 = targets_M.where(kept, 0)[:, None]
     picked_M = logits_MV.gather(1, index_M1)[:, 0]
     gradient_MV = logits_MV.sub_(partition_M[:, None]).exp_().mul_(1 + 2 * z_loss_coef * partition_M[:, None])
-    gradient_MV.scatter_add_(1, index_M1, -torch.ones_like(partition_M)[:, None]).mul_(kept[:, None])
+    gradient_MV.scatter_add_(1, index_M1, -torch.ones_like(partition_M)[:, None]).masked_fill_(~kept[:, None], 0)
     return (partition_M - picked_M).where(kept, 0), partition_M.square().where(kept, 0), gradient_MV
 
 
@@ -89,7 +89,7 @@ def _forward(h: Tensor, head: Tensor, targets: Tensor, z_loss_coef: float, gradi
     dtype = wide(h.dtype)
     wide_head, sums = head.to(dtype), h.new_zeros(2, dtype=dtype)
     dh, dhead = (x.new_zeros(x.shape if gradients else 0, dtype=dtype) for x in (h, head))
-    for rows in chunks(len(h), len(head), dtype.itemsize):
+    for rows in chunks(len(h), len(head), 2 * dtype.itemsize):
         wide_h = h[rows].to(dtype)
         *terms, dlogits = _terms(wide_h @ wide_head.mT, targets[rows], z_loss_coef)
         sums += torch.stack([x.sum() for x in terms])

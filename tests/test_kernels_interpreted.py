@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-FILES = ("test_kernels_causal_conv.py", "test_kernels_grouped_swiglu.py", "test_kernels_rms_norm_gated.py")
+FILES = (
+    "test_kernels_causal_conv.py",
+    "test_kernels_grouped_swiglu.py",
+    "test_kernels_linear_cross_entropy.py",
+    "test_kernels_rms_norm_gated.py",
+)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the device runs these tests itself")

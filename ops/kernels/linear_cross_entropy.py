@@ -23,7 +23,7 @@ BLOCK = 4096
 WARPS = 8
 
 
-@triton.jit(do_not_specialize=["coef"])
+@triton.jit(do_not_specialize_on_alignment=["targets", "cross_entropy", "z_loss"])
 def _row_kernel(
     logits, targets, cross_entropy, z_loss, gradient, coef,
     V: tl.constexpr, BV: tl.constexpr, IGNORE: tl.constexpr, GRADIENT: tl.constexpr,
