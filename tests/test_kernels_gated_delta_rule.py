@@ -154,7 +154,7 @@ def assert_matches(found, wanted, bound):
     for name, x in wanted.items():
         error = (found[name].double() - x).norm() / x.norm().clamp(min=1e-2 if x.abs().max() < 1e-6 else 0)
         # The sums over all tokens cancel, and so does fp32's sum of decays of thousands.
-        loose = 30 if name in ("A_log", "dt_bias") else 5 if name == "g" else 1
+        loose = 30 if name in ("A_log", "dt_bias") else 10 if name == "g" else 1
         assert error <= bound * loose, f"{name} is off by {error:.1e}"
 
 
@@ -182,7 +182,9 @@ class TestKernels:
         if not INTERPRETED and options.get("chunk_size", 16) == 16:
             options = {"chunk_size": 64, "key_dim": 128, "value_dim": 64} | options
         case = build(**options, dtype=dtype)
-        assert_matches(kernel_outputs(*case), expected(*case), BOUNDS[dtype])
+        # The inverse for alike keys and beta to 2 loses a digit where it is stored in 16 bits.
+        loose = 2 if options.get("alike", 0) > 1 and dtype != torch.float32 else 1
+        assert_matches(kernel_outputs(*case), expected(*case), BOUNDS[dtype] * loose)
 
     def test_tma_descriptors(self):
         """16 bits and whole tiles: the scans then read through descriptors, but for the last chunk."""
