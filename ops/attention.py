@@ -35,6 +35,7 @@ def attention(
     lengths_N: Tensor | None = None,
     scale: float | None = None,
     impl: Impl = "auto",
+    keys: Tensor | None = None,
 ) -> Tensor:
     """`softmax(scale q k^T) v` [B, T, H, K] over the keys that each query may see; no [T, S] matrix is kept.
 
@@ -42,7 +43,9 @@ def attention(
     - in its row, N = B and S = T;
     - in its document with cu_seqlens (int32, see `q3n_functional.packing`), N = B and S = T;
     - in a cache with lengths_N (int32 [N]), whose row n belongs to query row n, or with cu_seqlens to document n: the
-      t-th query of a row or document sees the first lengths + t + 1 of its S keys.
+      t-th query of a row or document sees the first lengths + t + 1 of its S keys;
+    - with keys (int32, of cu_seqlens' shape), in rows of S keys that are more than the queries: sequence n has the
+      queries from cu_seqlens[n] and the keys from keys[n], to the next's, and its last query sees all of its keys.
     What lies behind the last document gives zeros and has zero gradients.
 
     scale defaults to 1/sqrt(K). Saved for backward: the inputs, the output, and the fp32 log-partitions, 4 H bytes a
@@ -54,9 +57,12 @@ def attention(
     """
     check_documents(cu_seqlens)
     _check(q_BTHK, k_NSGK, v_NSGK)
-    _check_lengths(q_BTHK, k_NSGK, cu_seqlens, lengths_N)
+    if keys is None:
+        _check_lengths(q_BTHK, k_NSGK, cu_seqlens, lengths_N)
+    else:
+        _check_keys(q_BTHK, k_NSGK, cu_seqlens, lengths_N, keys)
     scale = q_BTHK.shape[-1] ** -0.5 if scale is None else scale
-    o_BTHK: Tensor = _attention(q_BTHK, k_NSGK, v_NSGK, cu_seqlens, lengths_N, scale, impl)[0]
+    o_BTHK: Tensor = _attention(q_BTHK, k_NSGK, v_NSGK, cu_seqlens, lengths_N, keys, scale, impl)[0]
     return o_BTHK
 
 
@@ -85,6 +91,15 @@ def _check_lengths(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, lengths: Ten
         )
 
 
+def _check_keys(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None, keys: Tensor) -> None:
+    check_documents(keys)
+    if cu_seqlens is None or lengths is not None or keys.shape != cu_seqlens.shape or len(q) != len(k):
+        raise ValueError(
+            f"keys {tuple(keys.shape)} are offsets beside cu_seqlens of the same shape, without lengths, and "
+            f"{len(q)} rows of queries need as many of keys, got {len(k)}"
+        )
+
+
 class Span(NamedTuple):
     """A range of consecutive tokens in some rows of a batch."""
 
@@ -101,7 +116,9 @@ def _spans(length: int, offsets: list[int]) -> list[Span]:
     return spans
 
 
-def _sequences(q: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> list[tuple[Span, Span]]:
+def _sequences(
+    q: Tensor, k: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None, keys: Tensor | None
+) -> list[tuple[Span, Span]]:
     """The queries and keys that attend together; the last query sees all of the keys."""
     whole = slice(0, q.shape[1])
     if cu_seqlens is not None:
@@ -110,6 +127,8 @@ def _sequences(q: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> 
         queries = [Span(slice(row, row + 1), whole) for row in range(q.shape[0])]
     else:
         queries = [Span(slice(0, q.shape[0]), whole)]
+    if keys is not None:
+        return list(zip(queries, _spans(k.shape[1], keys.tolist()), strict=True))
     if lengths is None:
         return [(span, span) for span in queries]
     stops = [
@@ -120,9 +139,11 @@ def _sequences(q: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> 
     ]
 
 
-def _blocks(q: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> Iterator[tuple[Span, Span]]:
+def _blocks(
+    q: Tensor, k: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None, among: Tensor | None
+) -> Iterator[tuple[Span, Span]]:
     """The same in blocks of at most `BLOCK` queries; what the CPU's kernel knows as a triangle stays whole."""
-    for (rows, queries), (key_rows, keys) in _sequences(q, cu_seqlens, lengths):
+    for (rows, queries), (key_rows, keys) in _sequences(q, k, cu_seqlens, lengths, among):
         triangle = queries.stop - queries.start == keys.stop - keys.start
         size = max(q.shape[1], 1) if triangle and q.device.type == "cpu" else BLOCK
         for start in range(queries.start, queries.stop, size):
@@ -194,12 +215,18 @@ def _plain_backward(
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    lengths: Tensor | None,
+    among: Tensor | None,
+    scale: float,
 ) -> Outputs:
     block = _flash_forward if q.device.type == "cpu" else _plain_forward
     q, k, v = (x.contiguous() for x in (q, k, v))  # flash attention reads any other last dim wrongly
     o, lse = q.new_zeros(q.shape), q.new_zeros(q.shape[:3], dtype=wide(q.dtype))
-    for queries, keys in _blocks(q, cu_seqlens, lengths):
+    for queries, keys in _blocks(q, k, cu_seqlens, lengths, among):
         o[queries], lse[queries] = block(q[queries], k[keys], v[keys], scale)
     return o, lse
 
@@ -213,12 +240,13 @@ def _backward(
     lse: Tensor,
     cu_seqlens: Tensor | None,
     lengths: Tensor | None,
+    among: Tensor | None,
     scale: float,
 ) -> Outputs:
     block = _flash_backward if q.device.type == "cpu" else _plain_backward
     do, q, k, v = (x.contiguous() for x in (do, q, k, v))
     dq, (dk, dv) = q.new_zeros(q.shape), (x.new_zeros(x.shape, dtype=wide(x.dtype)) for x in (k, v))
-    for queries, keys in _blocks(q, cu_seqlens, lengths):
+    for queries, keys in _blocks(q, k, cu_seqlens, lengths, among):
         dq[queries], *more = block(do[queries], q[queries], k[keys], v[keys], o[queries], lse[queries], scale)
         dk[keys] += more[0]
         dv[keys] += more[1]
@@ -229,7 +257,7 @@ _attention_backward = gradient(
     define(
         "attention_backward",
         "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor? cu_seqlens, Tensor? lengths, "
-        "float scale, str impl) -> (Tensor, Tensor, Tensor)",
+        "Tensor? keys, float scale, str impl) -> (Tensor, Tensor, Tensor)",
         reference=_backward,
         fake=lambda do, q, k, v, *rest: tuple(x.new_empty(x.shape) for x in (q, k, v)),
         kernel="attention:backward",
@@ -238,22 +266,22 @@ _attention_backward = gradient(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    q, k, v, cu_seqlens, lengths, ctx.scale, ctx.impl = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens, lengths)
+    *tensors, ctx.scale, ctx.impl = inputs
+    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward_of_op(ctx: Any, do: Tensor | None, dlse: None) -> tuple[Tensor | None, ...]:
     if do is None:
-        return (None,) * 7
-    return (*_attention_backward(do, *ctx.saved_tensors, ctx.scale, ctx.impl), None, None, None, None)
+        return (None,) * 8
+    return (*_attention_backward(do, *ctx.saved_tensors, ctx.scale, ctx.impl), None, None, None, None, None)
 
 
 _attention = differentiable(
     define(
         "attention",
-        "(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, Tensor? lengths, float scale, str impl) "
-        "-> (Tensor, Tensor)",
+        "(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, Tensor? lengths, Tensor? keys, "
+        "float scale, str impl) -> (Tensor, Tensor)",
         reference=_forward,
         fake=lambda q, *rest: (q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide(q.dtype))),
         kernel="attention:forward",

@@ -13,7 +13,9 @@ from torch.nn.functional import linear, silu
 
 from q3n_functional import params
 from q3n_functional.config import Config
-from q3n_functional.ops import grouped_swiglu, router_logits
+from q3n_functional.ops import router_logits
+from q3n_functional.parallel.expert import routed
+from q3n_functional.parallel.placement import Parallel
 
 
 class RouterStatistics(NamedTuple):
@@ -30,18 +32,24 @@ def swiglu(p: params.SwiGLU, x_BTD: Tensor) -> Tensor:
 
 
 def mixture_of_experts(
-    p: params.MixtureOfExperts, x_BTD: Tensor, valid_BT: Tensor | None, *, config: Config
+    p: params.MixtureOfExperts,
+    x_BTD: Tensor,
+    valid_BT: Tensor | None,
+    parallel: Parallel | None = None,
+    *,
+    config: Config,
 ) -> tuple[Tensor, RouterStatistics]:
     """Top-J routed experts, none of whose tokens are dropped, beside a shared expert with a scalar sigmoid gate.
 
-    The router works in fp32. `valid_BT` says which tokens its statistics count.
+    The router works in fp32. `valid_BT` says which tokens its statistics count. With `parallel`, the result is what the
+    rank's columns of the experts add, and the statistics are those of the rank's tokens.
     """
     x_TD = x_BTD.flatten(0, 1)
     probabilities_TE = router_logits(x_TD, p.router).softmax(-1)
     weights_TJ, experts_TJ = probabilities_TE.topk(config.num_experts_per_tok)
     if config.norm_topk_prob:
         weights_TJ = weights_TJ / weights_TJ.sum(-1, keepdim=True)
-    routed_TD = grouped_swiglu(x_TD, experts_TJ, weights_TJ, *p.experts)
+    routed_TD = routed(p.experts, x_TD, experts_TJ, weights_TJ, parallel)
     shared_TD = torch.sigmoid(linear(x_TD, p.shared_expert_gate)) * swiglu(p.shared_expert, x_TD)
     statistics = _router_statistics(probabilities_TE, experts_TJ, valid_BT)
     return (routed_TD + shared_TD).view(x_BTD.shape), statistics

@@ -21,6 +21,8 @@ from q3n_functional.feed_forward import RouterStatistics, mixture_of_experts, sw
 from q3n_functional.ops import attention, causal_conv, gated_delta_rule, recurrent_gated_delta_rule, rms_norm_gated
 from q3n_functional.ops.registration import wide
 from q3n_functional.packing import Documents
+from q3n_functional.parallel.context import Crossing, all_keys, carried_inputs, carried_rule, crossing, piece
+from q3n_functional.parallel.placement import Parallel, enter_block, leave_block, own_groups
 
 
 class Context(NamedTuple):
@@ -29,6 +31,7 @@ class Context(NamedTuple):
     documents: None where each row is one. cos_BTR, sin_BTR: of the rotated dims, fp32. valid_BT: which tokens the
     router's statistics count, None for all. lengths_N: int32, the tokens in the cache's rows, and slots: where it takes
     each token's keys and values, None without a cache. tentative: whether linear layers return a `Tentative` state.
+    parallel: the rank's place on a mesh, and crossing: how documents reach over the ends of its piece of the rows.
     """
 
     documents: Documents | None
@@ -38,6 +41,8 @@ class Context(NamedTuple):
     lengths_N: Tensor | None = None
     slots: Slots | None = None
     tentative: bool = False
+    parallel: Parallel | None = None
+    crossing: Crossing | None = None
 
 
 class Slots(NamedTuple):
@@ -84,6 +89,23 @@ def context(
     return Context(documents, cos, sin, valid, lengths_N, slots, tentative)
 
 
+def on_ranks(shared: Context, tokens_BT: Tensor, parallel: Parallel | None, *, config: Config) -> Context:
+    """The `Context` of the rank's piece of the rows that `shared` describes whole."""
+    if parallel is None:
+        return shared
+    if parallel.cp.size == 1:
+        return shared._replace(parallel=parallel)
+    documents, across = crossing(shared.documents, tokens_BT, config.linear_conv_kernel_dim, parallel)
+    return Context(
+        documents,
+        piece(shared.cos_BTR, parallel),
+        piece(shared.sin_BTR, parallel),
+        None if shared.valid_BT is None else piece(shared.valid_BT, parallel),
+        parallel=parallel,
+        crossing=across,
+    )
+
+
 def _row_positions(tokens_BT: Tensor, lengths_B: Tensor | None) -> tuple[Tensor, Tensor, Slots | None]:
     positions = torch.arange(tokens_BT.shape[1], dtype=torch.int32, device=tokens_BT.device).expand(tokens_BT.shape)
     if lengths_B is None:
@@ -122,9 +144,8 @@ def gated_delta_net(
     `state` is what the sequences left behind before these tokens, zeros where None. Returns [B, T, D] and the state
     behind the last token of every sequence.
     """
-    cu_seqlens = None if context.documents is None else context.documents.cu_seqlens
     qkv_BTC, a_BTH, b_BTH = linear(x_BTD, torch.cat([p.q, p.k, p.v])), linear(x_BTD, p.a), linear(x_BTD, p.b)
-    o_BTHV, new = _delta_rule(p, qkv_BTC, a_BTH, b_BTH, cu_seqlens, state, config, recurrent=context.tentative)
+    o_BTHV, new = _delta_rule(p, qkv_BTC, a_BTH, b_BTH, context, state, config, recurrent=context.tentative)
     z_BTHV = _heads(linear(x_BTD, p.z), config.linear_value_head_dim)
     y_BTD = linear(rms_norm_gated(o_BTHV, z_BTHV, p.norm, config.rms_norm_eps).flatten(2), p.out)
     return y_BTD, Tentative(state, qkv_BTC, a_BTH, b_BTH) if context.tentative and state is not None else new
@@ -135,14 +156,17 @@ def _delta_rule(
     qkv_BTC: Tensor,
     a_BTH: Tensor,
     b_BTH: Tensor,
-    cu_seqlens: Tensor | None,
+    context: Context | None,
     state: LinearState | None,
     c: Config,
     recurrent: bool = False,
 ) -> tuple[Tensor, LinearState]:
     """The convolution and the rule behind it: output [B, T, H, V] and the state behind the tokens."""
-    taps = torch.cat([p.conv_q, p.conv_k, p.conv_v])
-    qkv_BTC, conv = causal_conv(qkv_BTC, taps, None if state is None else state.conv, cu_seqlens)
+    cu_seqlens = None if context is None or context.documents is None else context.documents.cu_seqlens
+    inputs, carry = None if state is None else state.conv, _passed_on(context)
+    if carry is not None:
+        inputs = carried_inputs(qkv_BTC, *carry)
+    qkv_BTC, conv = causal_conv(qkv_BTC, torch.cat([p.conv_q, p.conv_k, p.conv_v]), inputs, cu_seqlens)
     q, k, v = qkv_BTC.split([p.q.shape[0], p.k.shape[0], p.v.shape[0]], dim=-1)
     q_BTNK, k_BTNK = (_heads(x, c.linear_key_head_dim) for x in (q, k))
     beta, beta_scale = b_BTH, 1.0
@@ -152,11 +176,23 @@ def _delta_rule(
     rule: Callable[..., tuple[Tensor, Tensor]] = recurrent_gated_delta_rule
     if not (c.linear_attention_use_recurrent or recurrent or qkv_BTC.shape[1] == 1):
         rule = functools.partial(gated_delta_rule, chunk_size=c.linear_attention_chunk_size)
-    o_BTHV, after = rule(
-        q_BTNK, k_BTNK, _heads(v, c.linear_value_head_dim), a_BTH, beta, before, cu_seqlens,
-        qk_l2norm=True, A_log=p.A_log, dt_bias=p.dt_bias, beta_scale=beta_scale,
-    )  # fmt: skip
+
+    def ruled(v_BTHV: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+        return rule(
+            q_BTNK, k_BTNK, v_BTHV, a_BTH, beta, before, cu_seqlens,
+            qk_l2norm=True, A_log=p.A_log, dt_bias=p.dt_bias, beta_scale=beta_scale,
+        )  # fmt: skip
+
+    v_BTHV = _heads(v, c.linear_value_head_dim)
+    o_BTHV, after = ruled(v_BTHV, before) if carry is None else carried_rule(ruled, v_BTHV, q_BTNK.shape[3], *carry)
     return o_BTHV, LinearState(conv, after if state is None else after.to(state.recurrent.dtype))
+
+
+def _passed_on(context: Context | None) -> tuple[int, Crossing, Parallel] | None:
+    """The number of sequences and how their state comes from other ranks, None where it does not."""
+    if context is None or context.crossing is None or context.parallel is None or context.documents is None:
+        return None
+    return context.documents.cu_seqlens.shape[0] - 1, context.crossing, context.parallel
 
 
 def accept(p: params.LinearAttention, state: Tentative, counts_B: Tensor, *, config: Config) -> LinearState:
@@ -186,13 +222,18 @@ def gated_attention(
 
     `state` holds the keys and values of earlier tokens; the result's holds these tokens' too.
     """
-    q_BTHK, gate_BTHK, k_BTGK, v_BTGK = (_heads(linear(x_BTD, w), config.head_dim) for w in (p.q, p.gate, p.k, p.v))
+    k_GD, v_GD = (own_groups(w, config.num_key_value_heads, context.parallel) for w in (p.k, p.v))
+    q_BTHK, gate_BTHK, k_BTGK, v_BTGK = (_heads(linear(x_BTD, w), config.head_dim) for w in (p.q, p.gate, k_GD, v_GD))
     q_BTHK = _rotated(q_BTHK, p.q_norm, context, config)
     k_BTGK = _rotated(k_BTGK, p.k_norm, context, config)
     if state is not None and context.slots is not None:
         k_BTGK, v_BTGK = _written(state.k, k_BTGK, context.slots), _written(state.v, v_BTGK, context.slots)
     cu_seqlens = None if context.documents is None else context.documents.cu_seqlens
-    o_BTHK = attention(q_BTHK, k_BTGK, v_BTGK, cu_seqlens, None if state is None else context.lengths_N)
+    if context.crossing is not None and context.parallel is not None:
+        k, v = (all_keys(x, context.parallel) for x in (k_BTGK, v_BTGK))
+        o_BTHK = attention(q_BTHK, k, v, context.crossing.queries, keys=context.crossing.keys)
+    else:
+        o_BTHK = attention(q_BTHK, k_BTGK, v_BTGK, cu_seqlens, None if state is None else context.lengths_N)
     y_BTQ = (o_BTHK * torch.sigmoid(gate_BTHK)).flatten(2)
     return linear(y_BTQ, p.out), KeyValues(k_BTGK, v_BTGK)
 
@@ -217,14 +258,15 @@ def decoder_layer(
     config: Config,
 ) -> tuple[Tensor, State, RouterStatistics | None]:
     """Mixer, then feed-forward, each on the normalised residual. The statistics are None for a dense layer."""
-    normed = rms_norm(x_BTD, p.input_layernorm, config.rms_norm_eps)
+    parallel = context.parallel
+    normed = enter_block(rms_norm(x_BTD, p.input_layernorm, config.rms_norm_eps), parallel)
     mixed_BTD, new_state = _mixer(p.mixer, normed, context, state, config)
-    x_BTD = x_BTD + mixed_BTD
-    normed = rms_norm(x_BTD, p.post_attention_layernorm, config.rms_norm_eps)
+    x_BTD = x_BTD + leave_block(mixed_BTD, parallel)
+    normed = enter_block(rms_norm(x_BTD, p.post_attention_layernorm, config.rms_norm_eps), parallel)
     if isinstance(p.mlp, params.SwiGLU):
-        return x_BTD + swiglu(p.mlp, normed), new_state, None
-    y_BTD, statistics = mixture_of_experts(p.mlp, normed, context.valid_BT, config=config)
-    return x_BTD + y_BTD, new_state, statistics
+        return x_BTD + leave_block(swiglu(p.mlp, normed), parallel), new_state, None
+    y_BTD, statistics = mixture_of_experts(p.mlp, normed, context.valid_BT, parallel, config=config)
+    return x_BTD + leave_block(y_BTD, parallel), new_state, statistics
 
 
 def _mixer(

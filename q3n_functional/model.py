@@ -6,11 +6,11 @@ Letters: B batch, T time, D model width, V vocabulary, E experts.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from q3n_functional import cache as caches
@@ -18,10 +18,11 @@ from q3n_functional import layers
 from q3n_functional.cache import Cache, State, Tentative
 from q3n_functional.config import Config
 from q3n_functional.feed_forward import RouterStatistics
-from q3n_functional.layers import Context, context, decoder_layer, rms_norm
-from q3n_functional.ops import linear_cross_entropy
+from q3n_functional.layers import Context, context, decoder_layer, on_ranks, rms_norm
 from q3n_functional.packing import IGNORE, Documents, same_document, shift
-from q3n_functional.params import LinearAttention, MultiTokenPrediction, Parameters
+from q3n_functional.parallel.context import piece
+from q3n_functional.parallel.placement import Parallel, cross_entropy, embed, summed, whole, worth
+from q3n_functional.params import DecoderLayer, LinearAttention, MultiTokenPrediction, Parameters
 
 
 class Metrics(NamedTuple):
@@ -78,6 +79,7 @@ def hidden_states(
     tokens_BT: Tensor,
     documents: Documents | None = None,
     cache: Cache | None = None,
+    parallel: Parallel | None = None,
     *,
     config: Config,
     checkpoint_layers: bool = False,
@@ -86,9 +88,12 @@ def hidden_states(
     """The normalised output of the last layer [B, T, D], the routers' statistics, and the cache behind the tokens.
 
     `checkpoint_layers` keeps only each layer's input for backward and computes the layer again there. With `tentative`
-    the cache is one that `accept` cuts to the tokens that stay.
+    the cache is one that `accept` cuts to the tokens that stay. With `parallel`, which takes no cache, `params` are the
+    rank's shards, tokens are whole rows, and the rank's piece of the output comes back.
     """
-    shared = _context(tokens_BT, documents, cache, config, tentative)
+    if cache is not None and parallel is not None:
+        raise ValueError("a cache is of one device: give it or `parallel`, not both")
+    shared = on_ranks(_context(tokens_BT, documents, cache, config, tentative), tokens_BT, parallel, config=config)
     h_BTD, statistics, states = _through_layers(params, tokens_BT, shared, cache, config, checkpoint_layers)
     return h_BTD, statistics, None if cache is None else _continued(cache, states, tokens_BT, documents, tentative)
 
@@ -114,9 +119,15 @@ def _through_layers(
     config: Config,
     checkpoint_layers: bool,
 ) -> tuple[Tensor, RouterStatistics, list[State]]:
-    x_BTD, statistics, states = embedding(tokens_BT, params.embed_tokens), _no_statistics(params, config), []
-    layer = functools.partial(decoder_layer, config=config)
+    parallel = shared.parallel
+    table_VD, norm_D = _outer(params, "embed_tokens", parallel), _outer(params, "norm", parallel)
+    x_BTD, statistics, states = (
+        embed(piece(tokens_BT, parallel), table_VD, parallel),
+        _no_statistics(params, config),
+        [],
+    )
     for i, p in enumerate(params.layers):
+        layer = functools.partial(_layer, layouts=parallel and parallel.layouts.layers[i], config=config)
         state = None if cache is None else cache.layers[i]
         if checkpoint_layers:
             x_BTD, new_state, new = checkpoint(layer, p, x_BTD, shared, state, use_reentrant=False)
@@ -124,7 +135,18 @@ def _through_layers(
             x_BTD, new_state, new = layer(p, x_BTD, shared, state)
         statistics = _pooled(statistics, new)
         states.append(new_state)
-    return rms_norm(x_BTD, params.norm, config.rms_norm_eps), statistics, states
+    return rms_norm(x_BTD, norm_D, config.rms_norm_eps), statistics, states
+
+
+def _layer(
+    p: DecoderLayer, x_BTD: Tensor, shared: Context, state: State | None, *, layouts: Any, config: Config
+) -> tuple[Tensor, State, RouterStatistics | None]:
+    return decoder_layer(whole(p, layouts, shared.parallel), x_BTD, shared, state, config=config)
+
+
+def _outer(params: Parameters, name: str, parallel: Parallel | None) -> Any:
+    """A part of the tree outside the layers, as it is used."""
+    return whole(getattr(params, name), parallel and getattr(parallel.layouts, name), parallel)
 
 
 def _context(
@@ -165,6 +187,7 @@ def multi_token_prediction(
     h_BTD: Tensor,
     tokens_BT: Tensor,
     documents: Documents | None = None,
+    parallel: Parallel | None = None,
     *,
     config: Config,
 ) -> tuple[Tensor, RouterStatistics | None]:
@@ -174,9 +197,9 @@ def multi_token_prediction(
     published checkpoint). Where a document has no such token the result means nothing and is never a target.
     """
     shared = context(tokens_BT, documents, None, config)._replace(valid_BT=_has_next(tokens_BT, documents))
-    e_BTD = rms_norm(
-        embedding(shift(tokens_BT, documents, 1, 0), embed_tokens), p.pre_fc_norm_embedding, config.rms_norm_eps
-    )
+    shared = on_ranks(shared, tokens_BT, parallel, config=config)
+    next_BT = piece(shift(tokens_BT, documents, 1, 0), parallel)
+    e_BTD = rms_norm(embed(next_BT, embed_tokens, parallel), p.pre_fc_norm_embedding, config.rms_norm_eps)
     h_BTD = rms_norm(h_BTD, p.pre_fc_norm_hidden, config.rms_norm_eps)
     x_BTD = linear(torch.cat([e_BTD, h_BTD], -1), p.fc)
     x_BTD, _, statistics = decoder_layer(p.layer, x_BTD, shared, None, config=config)
@@ -202,8 +225,11 @@ def count_targets(tokens_BT: Tensor, documents: Documents | None = None, labels_
 
     Summed over micro-batches and given to `loss`, it makes their gradients add up to those of one large batch.
     """
-    counts = [(targets(tokens_BT, documents, labels_BT, by=by) != IGNORE).sum() for by in (1, 2)]
-    return torch.stack(counts).to(torch.float32)
+    return _counts([targets(tokens_BT, documents, labels_BT, by=by) for by in (1, 2)])
+
+
+def _counts(targets_BT: list[Tensor]) -> Tensor:
+    return torch.stack([(x != IGNORE).sum() for x in targets_BT]).to(torch.float32)
 
 
 def loss(
@@ -212,6 +238,7 @@ def loss(
     documents: Documents | None = None,
     labels_BT: Tensor | None = None,
     num_targets: Tensor | None = None,
+    parallel: Parallel | None = None,
     *,
     config: Config,
     z_loss_coef: float = 0.0,
@@ -225,27 +252,38 @@ def loss(
 
     labels_BT: int64 [B, T], not shifted, IGNORE where a token is not to be learnt; the tokens where None.
     num_targets: what `count_targets` gave for a larger batch of which this is a part.
+    parallel: with it, `params` are the rank's shards and the batch is the rank's rows, whole. The results are those of
+    all ranks' rows together, the gradients those of the shards.
     """
     h_BTD, statistics, _ = hidden_states(
-        params, tokens_BT, documents, config=config, checkpoint_layers=checkpoint_layers
+        params, tokens_BT, documents, parallel=parallel, config=config, checkpoint_layers=checkpoint_layers
     )
-    own = count_targets(tokens_BT, documents, labels_BT)
+    first_BT, second_BT = (piece(targets(tokens_BT, documents, labels_BT, by=by), parallel) for by in (1, 2))
+    own = summed(_counts([first_BT, second_BT]), "tokens", parallel)
     totals = (own if num_targets is None else num_targets).clamp(min=1)
-    main_BT = targets(tokens_BT, documents, labels_BT)
-    main, cross_entropy, z_loss = (
-        x / totals[0] for x in linear_cross_entropy(h_BTD, head(params), main_BT, z_loss_coef)
-    )
-    mtp_loss = torch.zeros_like(cross_entropy)
+    head_VD = _outer(params, "embed_tokens" if isinstance(params.lm_head, tuple) else "lm_head", parallel)
+    main = cross_entropy(h_BTD, head_VD, first_BT, z_loss_coef, parallel)
+    total, mtp = main.total / totals[0], torch.zeros_like(main.cross_entropy)
     if isinstance(params.mtp, MultiTokenPrediction):
-        h2_BTD, new = multi_token_prediction(
-            params.mtp, params.embed_tokens, h_BTD, tokens_BT, documents, config=config
-        )
+        mtp_params, table_VD = _outer(params, "mtp", parallel), _outer(params, "embed_tokens", parallel)
+        h2_BTD, new = multi_token_prediction(mtp_params, table_VD, h_BTD, tokens_BT, documents, parallel, config=config)
         statistics = _pooled(statistics, new)
-        later_BT = targets(tokens_BT, documents, labels_BT, by=2)
-        mtp_loss = linear_cross_entropy(h2_BTD, head(params), later_BT).total / totals[1]
-    aux_loss = load_balancing_loss(statistics) * own[0].clamp(min=1) / totals[0]
-    total = main + config.mtp_loss_scaling_factor * mtp_loss + config.router_aux_loss_coef * aux_loss
-    return total, Metrics(*(x.detach() for x in (cross_entropy, mtp_loss, aux_loss, z_loss, own[0])))
+        second = cross_entropy(h2_BTD, head_VD, second_BT, 0.0, parallel)
+        total, mtp = total + config.mtp_loss_scaling_factor * second.total / totals[1], second.cross_entropy / totals[1]
+    aux_loss = load_balancing_loss(_over_ranks(statistics, parallel)) * own[0].clamp(min=1) / totals[0]
+    # All ranks have the same: each counts its share.
+    total = total + config.router_aux_loss_coef * aux_loss / (1 if parallel is None else parallel.world.size)
+    parts = torch.stack([main.cross_entropy / totals[0], mtp, main.z_loss / totals[0]])
+    entropy, mtp, z_loss = summed(parts, "world", parallel).unbind()
+    return worth(total, parallel), Metrics(entropy, mtp, aux_loss.detach(), z_loss, own[0])
+
+
+def _over_ranks(statistics: RouterStatistics, parallel: Parallel | None) -> RouterStatistics:
+    if parallel is None:
+        return statistics
+    num = statistics.assignments_E.shape[0]
+    sums = summed(torch.cat([*statistics[:2], statistics.tokens[None]]), "tokens", parallel)
+    return RouterStatistics(sums[:num], sums[num:-1], sums[-1])
 
 
 def load_balancing_loss(statistics: RouterStatistics) -> Tensor:

@@ -5,9 +5,9 @@ else that needs to know about parameters (checkpoint names, placements, weight d
 Parts that a model lacks (a tied head, no prediction module) are the empty tuple, which has no leaves.
 
 Axis letters: V vocabulary, D model width, Q query rows (heads x head dim), G key/value rows, N key rows and M value
-rows of linear attention, H its value heads, K a head dim, C convolution taps, E experts, F expert width,
-W width of a dense or shared SwiGLU, X the concatenated pair that the prediction module projects. An axis of
-length 1 is written 1.
+rows of linear attention, H its value heads, K a head dim, C convolution taps, E experts, F expert width, R scores of
+the router, W width of a dense or shared SwiGLU, X the concatenated pair that the prediction module projects. An axis
+of length 1 is written 1.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def _experts(num: int, width: int, inner: int) -> SwiGLU:
 
 def _mixture_of_experts(c: Config) -> MixtureOfExperts:
     return MixtureOfExperts(
-        router=_leaf("ED", c.num_experts, c.hidden_size),
+        router=_leaf("RD", c.num_experts, c.hidden_size),
         experts=_experts(c.num_experts, c.hidden_size, c.moe_intermediate_size),
         shared_expert=_swiglu(c.hidden_size, c.shared_expert_intermediate_size),
         shared_expert_gate=_leaf("1D", 1, c.hidden_size),

@@ -124,6 +124,30 @@ def test_documents_are_strangers(case):
             assert torch.equal(a.flatten(0, 1)[others], b.flatten(0, 1)[others])
 
 
+def between(device="cpu", **options):
+    """Columns 8 to 16 of two rows of 24 tokens: offsets of their queries and, with gaps between, of their keys."""
+    q, k, v = draw(2, 24, device=device, **options)
+    whole = torch.tensor([0, 10, 11, 24, 30, 40, 48], dtype=torch.int32, device=device)
+    queries = [0, 2, 2, 3, 3, 8, 8, 8, 8, 16]
+    keys = [0, 10, 10, 11, 11, 16, 24, 24, 30, 40]
+    return q, k, v, whole, *(torch.tensor(x, dtype=torch.int32, device=device) for x in (queries, keys))
+
+
+def piece_of(q, k, v, queries, keys, **options):
+    """The attention of the whole rows, of which only those columns are computed."""
+    return torch.nn.functional.pad(attention(q[:, 8:16], k, v, queries, keys=keys, **options), (0, 0, 0, 0, 8, 8))
+
+
+def test_queries_and_keys_with_offsets_of_their_own():
+    q, k, v, whole, queries, keys = between()
+    middle = torch.zeros(24, 1, 1, dtype=q.dtype)
+    middle[8:16] = 1
+    expected = derivatives(lambda q, k, v: naive(q, k, v, whole) * middle, q, k, v)
+    assert_close(derivatives(piece_of, q, k, v, queries, keys), expected, 1e-13)
+    with pytest.raises(ValueError, match="beside cu_seqlens of the same shape"):
+        attention(q, k, v, queries, keys=keys[1:])
+
+
 @pytest.mark.parametrize("shape", [(5, 5), (3, 9), (1, 4)], ids=str)
 def test_written_out_is_the_same(shape):
     """What runs where torch has no flash attention for CPUs."""
@@ -223,6 +247,15 @@ def test_flash_attention(case, options):
     assert_close(actual, expected, 1e-2)
     end = int(inputs[3][-1])
     assert not any(x.flatten(0, 1)[end:].any() for x in actual)
+
+
+@on_cuda
+def test_flash_attention_between_offsets():
+    q, k, v, whole, queries, keys = between("cuda", heads=(16, 2), dim=256, dtype=torch.bfloat16)
+    middle = torch.zeros(24, 1, 1, dtype=torch.float64, device="cuda")
+    middle[8:16] = 1
+    expected = derivatives(lambda q, k, v: naive(q, k, v, whole) * middle, *(x.double() for x in (q, k, v)))
+    assert_close(derivatives(piece_of, q, k, v, queries, keys, impl="triton"), expected, 1e-2)
 
 
 @on_cuda

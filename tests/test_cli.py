@@ -285,7 +285,7 @@ layers 0-2                       3 alike                                61,212  
   mixer.norm                     [12]             K    float32              12       48 B
   mixer.out                      [32, 48]         DM   bfloat16          1,536      3 KiB
   post_attention_layernorm       [32]             D    bfloat16             32       64 B
-  mlp.router                     [8, 32]          ED   bfloat16            256      512 B
+  mlp.router                     [8, 32]          RD   bfloat16            256      512 B
   mlp.experts.gate               [8, 16, 32]      EFD  bfloat16          4,096      8 KiB
   mlp.experts.up                 [8, 16, 32]      EFD  bfloat16          4,096      8 KiB
   mlp.experts.down               [8, 32, 16]      EDF  bfloat16          4,096      8 KiB
@@ -303,7 +303,7 @@ layer 3                                                                 22,400  
   mixer.k_norm                   [16]             K    bfloat16             16       32 B
   mixer.out                      [32, 64]         DQ   bfloat16          2,048      4 KiB
   post_attention_layernorm       [32]             D    bfloat16             32       64 B
-  mlp.router                     [8, 32]          ED   bfloat16            256      512 B
+  mlp.router                     [8, 32]          RD   bfloat16            256      512 B
   mlp.experts.gate               [8, 16, 32]      EFD  bfloat16          4,096      8 KiB
   mlp.experts.up                 [8, 16, 32]      EFD  bfloat16          4,096      8 KiB
   mlp.experts.down               [8, 32, 16]      EDF  bfloat16          4,096      8 KiB
@@ -326,7 +326,7 @@ mtp                                                                     24,544  
   layer.mixer.k_norm             [16]             K    bfloat16             16       32 B
   layer.mixer.out                [32, 64]         DQ   bfloat16          2,048      4 KiB
   layer.post_attention_layernorm [32]             D    bfloat16             32       64 B
-  layer.mlp.router               [8, 32]          ED   bfloat16            256      512 B
+  layer.mlp.router               [8, 32]          RD   bfloat16            256      512 B
   layer.mlp.experts.gate         [8, 16, 32]      EFD  bfloat16          4,096      8 KiB
   layer.mlp.experts.up           [8, 16, 32]      EFD  bfloat16          4,096      8 KiB
   layer.mlp.experts.down         [8, 32, 16]      EDF  bfloat16          4,096      8 KiB

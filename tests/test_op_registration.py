@@ -218,10 +218,10 @@ def test_schemas():
     assert_expected_inline(
         "\n".join(textwrap.fill(schema, 110, subsequent_indent="    ") for schema in schemas),
         """\
-q3n::attention(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, Tensor? lengths, float scale, str impl) ->
-    (Tensor, Tensor)
+q3n::attention(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, Tensor? lengths, Tensor? keys, float scale,
+    str impl) -> (Tensor, Tensor)
 q3n::attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor? cu_seqlens,
-    Tensor? lengths, float scale, str impl) -> (Tensor, Tensor, Tensor)
+    Tensor? lengths, Tensor? keys, float scale, str impl) -> (Tensor, Tensor, Tensor)
 q3n::causal_conv(Tensor x, Tensor weight, Tensor? initial_state, Tensor? cu_seqlens, str impl) -> (Tensor,
     Tensor)
 q3n::causal_conv_backward(Tensor? dy, Tensor? dfinal_state, Tensor x, Tensor weight, Tensor? initial_state,

@@ -43,7 +43,13 @@ def _zero_behind(x_BTHK: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    lengths: Tensor | None,
+    keys: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Return the output and the log-partitions [B, T, H], as `q3n_functional.ops.attention` says."""
     _check(q)
@@ -51,6 +57,8 @@ def forward(
         return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     offsets = _rows(q) if cu_seqlens is None else cu_seqlens
     key_offsets, used = (offsets, None) if lengths is None else (_rows(k), lengths + offsets.diff())
+    if keys is not None:
+        key_offsets = keys
     cached = lengths is not None and cu_seqlens is None
     o, lse_HN, *_ = torch.ops.aten._flash_attention_forward(
         *(_dense(x) for x in (q, k, v)), offsets, key_offsets, _longest(q, rows=cached), _longest(k), 0.0, True, False,
@@ -69,6 +77,7 @@ def backward(
     lse: Tensor,
     cu_seqlens: Tensor | None,
     lengths: Tensor | None,
+    keys: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, ...]:
     """Return the gradients of q, k and v."""
@@ -80,10 +89,22 @@ def backward(
     offsets = _rows(q) if cu_seqlens is None else cu_seqlens
     unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout
     gradients = torch.ops.aten._flash_attention_backward(
-        *(_dense(x) for x in (do, q, k, v, o)), lse.flatten(0, 1).mT.contiguous(), offsets, offsets,
+        *(_dense(x) for x in (do, q, k, v, o)), lse.flatten(0, 1).mT.contiguous(), offsets,
+        offsets if keys is None else keys,
         _longest(q), _longest(k), 0.0, True, unused, unused, scale=scale,
     )  # fmt: skip
-    return tuple(_zero_behind(d.view(x.shape), cu_seqlens) for d, x in zip(gradients, (q, k, v), strict=True))
+    dq, dk, dv = (d.view(x.shape) for d, x in zip(gradients, (q, k, v), strict=False))
+    if keys is None:
+        return tuple(_zero_behind(d, cu_seqlens) for d in (dq, dk, dv))
+    seen = _seen(keys, offsets.diff() > 0, k)
+    return _zero_behind(dq, cu_seqlens), *(d.masked_fill_(~seen, 0) for d in (dk, dv))
+
+
+def _seen(keys: Tensor, asked: Tensor, k_BSGK: Tensor) -> Tensor:
+    """bool [B, S, 1, 1]: the keys of sequences that have queries; no kernel has written the others' gradients."""
+    bounds = keys.new_zeros(k_BSGK.shape[0] * k_BSGK.shape[1] + 1)
+    bounds = bounds.scatter_add(0, keys[:-1].long(), asked.int()).scatter_add(0, keys[1:].long(), -asked.int())
+    return (bounds[:-1].cumsum(0) > 0).view(*k_BSGK.shape[:2], 1, 1)
 
 
 def _dense(x_BTHK: Tensor) -> Tensor:
