@@ -186,6 +186,33 @@ class TestKernels:
         loose = 2 if options.get("alike", 0) > 1 and dtype != torch.float32 else 1
         assert_matches(kernel_outputs(*case), expected(*case), BOUNDS[dtype] * loose)
 
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"length": 70, "batch": 2, **GATES},
+            {"length": 48, "state": False, "d_state": False, **GATES},
+            {"documents": [0, 0, 40, 41, 41, 120, 120], "length": 130, **GATES},
+            {"documents": [0, 100], "length": 110, "d_out": False, "key_dim": 20, "value_dim": 40, **GATES},
+        ],
+        ids=["rows", "no states", "documents", "one document"],
+    )
+    def test_in_pieces(self, monkeypatch, options, dtype):
+        monkeypatch.setattr(kernels(), "_num_pieces", lambda p: 3)
+        if not INTERPRETED:
+            options = {"chunk_size": 16, "key_dim": 128, "value_dim": 128} | options
+        case = build(**options, dtype=dtype)
+        assert_matches(kernel_outputs(*case), expected(*case), BOUNDS[dtype])
+
+    @pytest.mark.parametrize(
+        ("batch", "length", "heads", "pieces"),
+        [(1, 32768, 8, 8), (1, 32768, 16, 4), (1, 32768, 32, 1), (1, 1024, 8, 1)],
+    )
+    def test_few_heads_and_long_sequences_are_cut(self, batch, length, heads, pieces):
+        q, v = (torch.empty(1, 1, 1, 128, device=DEVICE).expand(batch, length, n, 128) for n in (1, heads))
+        g = torch.empty(1, 1, 1, device=DEVICE).expand(batch, length, heads)
+        assert kernels()._num_pieces(kernels()._problem(q, q, v, g, g, None, 64)) == pieces
+
     def test_tma_descriptors(self):
         """16 bits and whole tiles: the scans then read through descriptors, but for the last chunk."""
         documents = {"documents": [0, 64, 64, 130, 140], "length": 150}

@@ -25,7 +25,7 @@ Kernels: _chunk_kernel (parallel over chunks: gates, Y, P), _scan_kernel (sequen
 states h and U that backward needs), _reverse_scan_kernel (sequential, from the last chunk: dS and Z), _gradient_kernel
 (parallel: every gradient). Chunks of documents come from a table that _table_kernel builds on the device. On Hopper
 the scans and the gradients of whole chunks are those of gated_delta_rule_hopper.py and ..._hopper_gradient.py, where
-head dims of 128, chunks of 64 and 16 bits allow them.
+head dims of 128, chunks of 64 and 16 bits allow them. Few heads and long sequences: gated_delta_rule_pieces.py.
 """
 
 from typing import NamedTuple
@@ -39,6 +39,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from q3n_functional.ops.chunks import num_chunks, saved_shapes
 from q3n_functional.ops.kernels import gated_delta_rule_hopper as hopper
 from q3n_functional.ops.kernels.gated_delta_rule_hopper_gradient import launch_gradients
+from q3n_functional.ops.kernels.gated_delta_rule_pieces import cut, fold
 from q3n_functional.ops.registration import UnsupportedError
 
 CHUNK_SIZES = (16, 32, 64)
@@ -913,6 +914,89 @@ def _launch_reverse_scan(
         )  # fmt: skip
 
 
+def _launch_transition(p: Problem, gates: Tensor, Y: Tensor) -> Tensor:
+    """Each sequence's transition [S, HV, K, K], fp32."""
+    K = p.constants["K"]
+    M = torch.empty(p.num_sequences, p.constants["HV"], K, K, dtype=torch.float32, device=p.k.device)
+    p = p._replace(constants={**p.constants, "V": K})
+    config = _scan_config(p)._replace(tma=False)
+    if tiles := _tiles(p, config):
+        _scan_kernel[(tiles,)](
+            p.q, p.k, p.k, gates, Y, None, None, M, M, None, *[None] * 7, p.cu, p.first_chunk, p.length,
+            *p.q.stride()[:2], *p.k.stride()[:2], 0, 0, **p.constants, BV=config.BV, INITIAL=False, MODE="transition",
+            DOT=_dot_precision(p.k.dtype), TMA=False, STAGES=config.stages, num_warps=config.warps,
+        )  # fmt: skip
+    return M
+
+
+def _num_pieces(p: Problem) -> int:
+    """Into how many pieces to cut an average sequence: 1 unless most of the card would idle for long.
+
+    So a sequence's last bits may depend on how many others share the call, never on what is in them.
+    """
+    c = p.constants
+    programs = p.num_sequences * c["HV"] * _cdiv(c["V"], 64)
+    if c["BK"] > 128 or programs == 0 or p.num_chunks < 64 * p.num_sequences:
+        return 1
+    pieces = NUM_SMS // programs
+    return pieces if pieces >= 4 else 1  # walking twice, and M, cost about three walks
+
+
+def _piece_starts(
+    p: Problem, pieces: Problem, first_piece: Tensor, gates: Tensor, Y: Tensor, P: Tensor, initial: Tensor | None,
+    final: Tensor | None, scratch: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The states in front of the pieces, and their transitions; `scratch` has o's shape."""
+    c = p.constants
+    H = torch.empty(pieces.num_sequences, c["HV"], c["K"], c["V"], dtype=torch.float32, device=p.q.device)
+    _launch_scan(pieces, _scan_config(pieces), gates, Y, P, None, H, scratch, None)
+    M = _launch_transition(pieces, gates, Y)
+    return fold(p, first_piece, H, M, initial, final, False), M
+
+
+def _output_scan(
+    p: Problem, gates: Tensor, Y: Tensor, P: Tensor, initial: Tensor | None, final: Tensor, o: Tensor
+) -> None:
+    if (num := _num_pieces(p)) == 1:
+        _launch_scan(p, _scan_config(p), gates, Y, P, initial, final, o, None)
+        return
+    pieces, first_piece = cut(p, num)
+    starts, _ = _piece_starts(p, pieces, first_piece, gates, Y, P, initial, final, o)
+    _launch_scan(pieces, _scan_config(pieces), gates, Y, P, starts, torch.empty_like(starts), o, None)
+
+
+def _gradient_scans(
+    p: Problem, grad: Tensor, gates: Tensor, Y: Tensor, P: Tensor, initial: Tensor | None, d_final: Tensor | None,
+    d_initial: Tensor, U: Tensor, h: Tensor, z: Tensor, dh: Tensor,
+) -> None:  # fmt: skip
+    """Write U, h, z, dh and, where it is not empty, d_initial."""
+    if (num := _num_pieces(p)) > 1:
+        pieces, first_piece = cut(p, num)
+        config = _scan_config(pieces)
+        starts, M = _piece_starts(p, pieces, first_piece, gates, Y, P, initial, None, U)
+        _launch_scan(pieces, config, gates, Y, None, starts, None, U, h)
+        d_starts = torch.empty_like(starts)
+        _launch_reverse_scan(pieces, config, grad, gates, Y, P, None, d_starts, z, dh)
+        last = d_initial if d_initial.numel() else None
+        d_ends = fold(p, first_piece, d_starts, M, d_final, last, True)
+        _launch_reverse_scan(pieces, config, grad, gates, Y, P, d_ends, d_starts, z, dh)
+        return
+    # Neither scan needs the other. Where both fit on the card they run side by side, in wide slices.
+    wide = Config(BV=64, warps=4, stages=3, tma=True)
+    fits = p.q.element_size() == 2 and p.constants["BK"] <= 128 and 0 < 2 * _tiles(p, wide) <= NUM_SMS
+    if not (p.q.is_cuda and fits):
+        config = _scan_config(p)
+        _launch_reverse_scan(p, config, grad, gates, Y, P, d_final, d_initial, z, dh)
+        _launch_scan(p, config, gates, Y, None, initial, None, U, h)
+        return
+    main, other = torch.cuda.current_stream(p.q.device), torch.cuda.Stream(p.q.device)
+    other.wait_stream(main)
+    with torch.cuda.stream(other):
+        _launch_scan(p, wide, gates, Y, None, initial, None, U, h)
+    _launch_reverse_scan(p, wide, grad, gates, Y, P, d_final, d_initial, z, dh)
+    main.wait_stream(other)
+
+
 def _padded(x: Tensor, *sizes: int) -> Tensor:
     """x with its last dims zero-padded to sizes."""
     pads = [pad for size, have in zip(reversed(sizes), reversed(x.shape), strict=False) for pad in (0, size - have)]
@@ -949,7 +1033,7 @@ def forward(
     final = torch.empty(p.num_sequences, heads, K, V, dtype=torch.float32, device=v.device)
     initial = None if initial_state is None else initial_state.contiguous()
     _launch_chunks(p, A_log, dt_bias, gates, Y, P, o, scale, qk_l2norm, beta_scale, True)
-    _launch_scan(p, _scan_config(p), gates, Y, P, initial, final, o, None)
+    _output_scan(p, gates, Y, P, initial, final, o)
     return o, final, gates, Y
 
 
@@ -989,20 +1073,7 @@ def backward(
     d_final = None if dfinal_state is None else dfinal_state.contiguous()
     h = torch.empty_like(dh)
     U = torch.empty_like(dv)
-    # Neither scan needs the other. Where both fit on the card they run side by side, in wide slices.
-    wide = Config(BV=64, warps=4, stages=3, tma=True)
-    together = q.is_cuda and q.element_size() == 2 and constants["BK"] <= 128 and 0 < 2 * _tiles(p, wide) <= NUM_SMS
-    config = wide if together else _scan_config(p)
-    if together:
-        main, other = torch.cuda.current_stream(q.device), torch.cuda.Stream(q.device)
-        other.wait_stream(main)
-        with torch.cuda.stream(other):
-            _launch_scan(p, config, gates, Y, None, initial, None, U, h)
-        _launch_reverse_scan(p, config, grad, gates, Y, P, d_final, d_initial, dv, dh)
-        main.wait_stream(other)
-    else:
-        _launch_reverse_scan(p, config, grad, gates, Y, P, d_final, d_initial, dv, dh)
-        _launch_scan(p, config, gates, Y, None, initial, None, U, h)
+    _gradient_scans(p, grad, gates, Y, P, initial, d_final, d_initial, U, h, dv, dh)
     del P
 
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -1060,12 +1131,4 @@ def transition(
     gates = torch.empty(gates_shape, dtype=torch.float32, device=k.device)
     Y = torch.empty(Y_shape, dtype=k.dtype, device=k.device)
     _launch_chunks(p, A_log, dt_bias, gates, Y, torch.empty_like(Y), None, 1.0, qk_l2norm, beta_scale, True)
-    M = torch.empty(p.num_sequences, heads, K, K, dtype=torch.float32, device=k.device)
-    config = _scan_config(p)._replace(tma=False)
-    if tiles := _tiles(p, config):
-        _scan_kernel[(tiles,)](
-            p.q, p.k, p.k, gates, Y, None, None, M, M, None, *[None] * 7, p.cu, p.first_chunk, p.length,
-            *p.q.stride()[:2], *p.k.stride()[:2], 0, 0, **p.constants, BV=config.BV, INITIAL=False, MODE="transition",
-            DOT=_dot_precision(k.dtype), TMA=False, STAGES=config.stages, num_warps=config.warps,
-        )  # fmt: skip
-    return M
+    return _launch_transition(p, gates, Y)

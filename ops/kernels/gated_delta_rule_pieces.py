@@ -1,0 +1,133 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+"""Long sequences of few heads, cut into pieces that are walked side by side.
+
+A piece takes the state S in front of it to M S + H: H is the state behind it that starts from none, M its transition.
+So all pieces are walked at once for H and M, the states in front of them follow by a short walk over pieces, and with
+these all pieces are walked at once again. Backward is the same with M^T, from the end (Martin and Cundy 2018, parallel
+scans of linear recurrences).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from q3n_functional.ops.kernels.gated_delta_rule import Problem
+
+
+@triton.jit(do_not_specialize=["num_sequences", "T", "num_pieces", "size"])
+def _pieces_kernel(
+    cu, first_chunk, piece_cu, piece_chunk, first_piece, num_sequences, T, num_pieces, size,
+    C: tl.constexpr, DOCUMENTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """First token and first chunk of each piece, and the first piece of each sequence; program n is sequence n.
+
+    Pieces follow each other in the stream, so one ends where the next begins. The last program fills what is left with
+    empty pieces at the end.
+    """
+    n = tl.program_id(0)
+    i = tl.arange(0, BLOCK)
+    piece = 0
+    for m in range(0, n, BLOCK):
+        if DOCUMENTS:
+            length = tl.load(cu + m + i + 1, mask=m + i < n, other=0) - tl.load(cu + m + i, mask=m + i < n, other=0)
+        else:
+            length = tl.where(m + i < n, T, 0)
+        piece += tl.sum((length + size - 1) // size, 0)
+    tl.store(first_piece + n, piece)
+    chunk = 0
+    if DOCUMENTS:
+        start = tl.load(cu + n)
+        end = tl.load(cu + tl.minimum(n + 1, num_sequences))
+        if n < num_sequences:
+            chunk = tl.load(first_chunk + n)
+    else:
+        start = n * T
+        end = tl.minimum(n + 1, num_sequences) * T
+        chunk = n * ((T + C - 1) // C)
+    count = (end - start + size - 1) // size
+    if n == num_sequences:
+        count = num_pieces + 1 - piece
+    for m in range(0, count, BLOCK):
+        at = piece + m + i
+        tl.store(piece_cu + at, tl.minimum(start + (m + i) * size, end), mask=m + i < count)
+        tl.store(piece_chunk + at, chunk + (m + i) * (size // C), mask=m + i < count)
+
+
+@triton.jit
+def _fold_kernel(
+    H, M, first, starts, last, first_piece,
+    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, FIRST: tl.constexpr,
+    LAST: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """starts[i] = S, S <- M[i] S + H[i] over the pieces of a sequence, from `first` (zeros without) to `last`.
+
+    REVERSE walks from the last piece to the first, with M^T.
+    """
+    NV: tl.constexpr = (V + BV - 1) // BV
+    pid = tl.program_id(0)
+    n = pid // (NV * HV)
+    hv = pid // NV % HV
+    rows = tl.arange(0, BK)
+    cols = pid % NV * BV + tl.arange(0, BV)
+    inside = (rows < K)[:, None] & (cols < V)[None, :]
+    square = (rows < K)[:, None] & (rows < K)[None, :]
+    tile = rows[:, None] * V + cols[None, :]
+    sequence = (n.to(tl.int64) * HV + hv) * (K * V)
+    begin = tl.load(first_piece + n)
+    count = tl.load(first_piece + n + 1) - begin
+    S = tl.load(first + sequence + tile, mask=inside, other=0.0) if FIRST else tl.zeros([BK, BV], tl.float32)
+    for i in range(count):
+        at = (begin + (count - 1 - i if REVERSE else i)).to(tl.int64) * HV + hv
+        tl.store(starts + at * (K * V) + tile, S, mask=inside)
+        matrix = rows[:, None] + rows[None, :] * K if REVERSE else rows[:, None] * K + rows[None, :]
+        by = tl.load(M + at * (K * K) + matrix, mask=square, other=0.0)
+        added = tl.load(H + at * (K * V) + tile, mask=inside, other=0.0)
+        S = tl.dot(by, S, acc=added, input_precision="tf32x3")
+    if LAST:
+        tl.store(last + sequence + tile, S, mask=inside)
+
+
+def cut(p: Problem, pieces: int) -> tuple[Problem, Tensor]:
+    """The problem whose sequences are pieces of about 1/`pieces` of an average one, and each sequence's first piece.
+
+    Chunks and tokens stay where they are: what was stored for the chunks of `p` serves for the pieces.
+    """
+    C = int(p.constants["C"])
+    total = p.q.shape[0]
+    size = -(-total // (max(p.num_sequences, 1) * pieces * C)) * C
+    num = p.num_sequences + total // size
+    device = p.q.device
+    piece_cu, piece_chunk = (torch.empty(num + 1, dtype=torch.int32, device=device) for _ in range(2))
+    first_piece = torch.empty(p.num_sequences + 1, dtype=torch.int32, device=device)
+    _pieces_kernel[(p.num_sequences + 1,)](
+        p.cu, p.first_chunk, piece_cu, piece_chunk, first_piece, p.num_sequences, p.length, num, size,
+        C=C, DOCUMENTS=p.cu is not None, BLOCK=256,
+    )  # fmt: skip
+    cut_ = p._replace(
+        num_sequences=num, length=total, cu=piece_cu, first_chunk=piece_chunk,
+        constants={**p.constants, "DOCUMENTS": True},
+    )  # fmt: skip
+    return cut_, first_piece
+
+
+def fold(
+    p: Problem, first_piece: Tensor, H: Tensor, M: Tensor, first: Tensor | None, last: Tensor | None, reverse: bool
+) -> Tensor:
+    """The states [pieces, HV, K, V] that the pieces start from; `p` is the uncut problem, `last` is written.
+
+    H [pieces, HV, K, V] and M [pieces, HV, K, K] are fp32.
+    """
+    c = p.constants
+    starts = torch.empty_like(H)
+    BV = 32
+    _fold_kernel[(p.num_sequences * c["HV"] * -(-c["V"] // BV),)](
+        H, M, first, starts, last, first_piece, HV=c["HV"], K=c["K"], V=c["V"], BK=c["BK"], BV=BV,
+        FIRST=first is not None, LAST=last is not None, REVERSE=reverse, num_warps=8,
+    )  # fmt: skip
+    return starts
