@@ -168,7 +168,7 @@ def test_precision(dtype, tolerance):
 
 
 def largest_allocation(run):
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         run()
     return max(event.self_cpu_memory_usage for event in profile.events())
 

@@ -9,6 +9,7 @@ from q3n_functional.ops.linear_cross_entropy import IGNORE
 from tests.test_linear_cross_entropy import COEF, MODULE, assert_close, definition, derivatives, draw, wide
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses where memory is to be poisoned
 DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = [] if INTERPRETED else [
     pytest.mark.gpu,

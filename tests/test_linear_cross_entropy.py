@@ -97,7 +97,7 @@ def test_no_gradient_no_work():
     *sums, dh, dhead = op(h.flatten(0, 1), head, targets.flatten(), COEF, False, "auto")
     assert dh.numel() == dhead.numel() == 0
     assert all(map(torch.equal, sums, expected))
-    with torch.no_grad(), torch.profiler.profile() as profile:
+    with torch.no_grad(), torch.profiler.profile(acc_events=True) as profile:
         linear_cross_entropy(h, head, targets)
     assert sum(event.name == "aten::mm" for event in profile.events()) == 1
 
@@ -116,7 +116,7 @@ def test_several_chunks(monkeypatch):
     """The sums and gradients of all; and never the logits of all tokens at once."""
     monkeypatch.setattr(MODULE, "CHUNK_BYTES", 128 * 500 * 16)
     inputs = draw(1000, vocabulary=500)
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         actual = derivatives(linear_cross_entropy, *inputs)
     assert max(event.self_cpu_memory_usage for event in profile.events()) <= 128 * 500 * 8
     assert_close(actual, derivatives(definition, *inputs), 1e-13)
