@@ -1,23 +1,34 @@
-"""Time, memory and error of the gated delta rule's kernels on one card.
+"""The gated delta rule on one card: our op, FlashQLA and flash-linear-attention in turn, on the same inputs.
 
-    python examples/benchmarks/gated_delta_rule.py [--commit HASH] [--out FOLDER]
+    python examples/benchmarks/gated_delta_rule.py [--peers flash_qla,fla] [--cases 0,1] [--commit HASH] [--out FOLDER]
 
 Prints a table, writes results/gated_delta_rule.json and, where matplotlib is there, a picture beside it. bf16, head
-dims 128, keys and queries normalised and gates made inside the kernels; forward alone, and forward plus backward. The
-error is that of every output against a float64 recurrence over 2x256 tokens.
+dims 128. Our op is given projections and normalises keys and queries, makes the gates, and differentiates both; the
+peers are given what that comes to (keys and queries of length one, log-decays and betas in fp32), and their time for
+it is left out. Times are medians of forward alone, and of forward plus backward to all inputs, through autograd. Peak
+is what forward plus backward allocate beyond the inputs, gradients included; saved is what is left between them. The
+error is that of every output against a float64 recurrence over 2x256 tokens, each on the inputs that it is given.
+
+A peer that is not installed is left out. flash-linear-attention alone refuses backward on Hopper with Triton 3.4 to
+3.7.0: install TileLang beside it, and keep it from handing over to FlashQLA (FLA_FLASH_QLA=0, set here).
 """
 
 import argparse
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("FLA_FLASH_QLA", "0")
 
 import torch
 import triton
 from torch import Tensor
+from torch.nn.functional import softplus
 from triton.testing import do_bench, do_bench_cudagraph
 
-from q3n_functional.ops.kernels import gated_delta_rule as kernels
-from q3n_functional.ops.kernels.recurrent_gated_delta_rule import recurrent_forward
+from q3n_functional.ops import gated_delta_rule, recurrent_gated_delta_rule
 
 K = V = 128
 CASES = {  # batch, length, key heads, value heads, documents
@@ -27,93 +38,138 @@ CASES = {  # batch, length, key heads, value heads, documents
     "packed 32 in 32768 16/32": (1, 32768, 16, 32, 32),
     "1x32768 8/16": (1, 32768, 8, 16, 0),
     "1x32768 4/8": (1, 32768, 4, 8, 0),
+    "1x4096 16/32": (1, 4096, 16, 32, 0),
+    "1x131072 16/32": (1, 131072, 16, 32, 0),
+    "1x1048576 4/8": (1, 1048576, 4, 8, 0),
 }
-SCALARS = (K**-0.5, True, 1.0)
-NAMES = ("o", "final_state", "dq", "dk", "dv", "dg", "dbeta", "dA_log", "ddt_bias")
+NAMES = ("o", "dq", "dk", "dv", "dg", "dbeta")
+Rule = Callable[..., Tensor]  # of q, k, v, g, beta and cu_seqlens
 
 
-def inputs(batch: int, length: int, key_heads: int, heads: int, documents: int) -> tuple[Tensor | None, ...]:
-    """q, k, v, g, beta, A_log, dt_bias, initial_state, cu_seqlens: gates from weak to strong over the heads."""
+def raw_inputs(batch: int, length: int, key_heads: int, heads: int, documents: int) -> tuple[list[Tensor], Any, Any]:
+    """q, k, v, a, b in bf16; A_log and dt_bias from weak to strong over the heads; cu_seqlens or None."""
     torch.manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, device="cuda")
-
-    q = random(batch, length, key_heads, K)
-    k = random(batch, length, key_heads, K) + 0.5 * random(1, 1, key_heads, K)
-    v = random(batch, length, heads, V)
-    g, beta = random(batch, length, heads), random(batch, length, heads)
-    A_log, dt_bias = torch.linspace(-3, 1, heads, device="cuda"), random(heads)
-    cu = None
-    if documents:
-        ends = torch.randperm(length - 1)[: documents - 1].sort().values + 1
-        cu = torch.tensor([0, *ends.tolist(), length], dtype=torch.int32, device="cuda")
-    return (*(x.bfloat16() for x in (q, k, v, g, beta)), A_log, dt_bias, None, cu)
+    sizes = ((key_heads, K), (key_heads, K), (heads, V), (heads,), (heads,))
+    tensors = [torch.randn(batch, length, *size, device="cuda", dtype=torch.bfloat16) for size in sizes]
+    tensors[1] += 0.5 * torch.randn(1, 1, key_heads, K, device="cuda", dtype=torch.bfloat16)
+    gates = torch.linspace(-3, 1, heads, device="cuda"), torch.randn(heads, device="cuda")
+    if not documents:
+        return tensors, gates, None
+    cuts = torch.randperm(length - 1, generator=torch.Generator().manual_seed(0))[: documents - 1] + 1
+    return tensors, gates, torch.tensor([0, *cuts.sort().values.tolist(), length], dtype=torch.int32, device="cuda")
 
 
-def forward_and_backward(do: Tensor, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
-    o, final, *saved = kernels.forward(*tensors, *SCALARS, 64)
-    return o, final, *kernels.backward(do, None, *tensors, *saved, *SCALARS, 64)
+def activated(tensors: list[Tensor], gates: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """What the rule itself takes: unit keys and queries, log-decays and betas."""
+    q, k, v, a, b = tensors
+    precise = torch.promote_types(a.dtype, torch.float32)
+    A_log, dt_bias = (x.to(precise) for x in gates)
+    q, k = ((x.to(precise) * (x.to(precise).square().sum(-1, keepdim=True) + 1e-6).rsqrt()).to(x.dtype) for x in (q, k))
+    return [q, k, v, -A_log.exp() * softplus(a.to(precise) + dt_bias), b.to(precise).sigmoid()]
 
 
-def recurrence(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, A_log: Tensor, dt_bias: Tensor
-) -> list[Tensor]:
-    """o and the final state, token by token."""
-    g, beta = -A_log.exp() * torch.nn.functional.softplus(g + dt_bias), beta.sigmoid()
-    q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
+def ours(gates: tuple[Tensor, Tensor]) -> Rule:
+    options: dict[str, Any] = {"qk_l2norm": True, "A_log": gates[0], "dt_bias": gates[1], "beta_scale": 1.0}
+    return lambda *tensors, cu: gated_delta_rule(*tensors, None, cu, **options, impl="triton")[0]
+
+
+def load_peer(name: str) -> Rule | None:
+    try:
+        if name == "fla":
+            from fla.ops.gated_delta_rule import chunk_gated_delta_rule as rule
+        else:
+            from flash_qla import chunk_gated_delta_rule as rule
+    except ImportError as error:
+        print(f"{name} is left out: {error}")
+        return None
+    return lambda q, k, v, g, beta, cu: rule(q=q, k=k, v=v, g=g, beta=beta, cu_seqlens=cu)[0]
+
+
+def recurrence(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu: None = None) -> Tensor:
     q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], 2) for x in (q, k))
-    S = q.new_zeros(*v.shape[:1], v.shape[2], K, V)
+    S = q.new_zeros(v.shape[0], v.shape[2], K, V)
     out = []
     for t in range(q.shape[1]):
         S = S * g[:, t, :, None, None].exp()
         u = beta[:, t, :, None] * (v[:, t] - torch.einsum("bhk,bhkv->bhv", k[:, t], S))
         S = S + k[:, t, :, :, None] * u[:, :, None]
         out.append(K**-0.5 * torch.einsum("bhk,bhkv->bhv", q[:, t], S))
-    return [torch.stack(out, 1), S]
+    return torch.stack(out, 1)
 
 
-def errors() -> dict[str, float]:
-    tensors = inputs(2, 256, 16, 32, 0)
-    do = torch.randn(2, 256, 32, V, device="cuda").bfloat16()
-    leaves = [x.double().requires_grad_() for x in tensors[:7] if x is not None]
-    o, S = recurrence(*leaves)
-    wanted = [o, S, *torch.autograd.grad((o * do.double()).sum(), leaves)]
-    found = forward_and_backward(do, tensors)
+def gradients(rule: Rule, tensors: list[Tensor], do: Tensor, cu: Tensor | None) -> list[Tensor]:
+    o = rule(*tensors, cu=cu)
+    return [o, *torch.autograd.grad(o, tensors, do)]
+
+
+def leaves(tensors: list[Tensor]) -> list[Tensor]:
+    return [x.detach().requires_grad_() for x in tensors]
+
+
+def errors(rule: Rule, tensors: list[Tensor], exact: Rule) -> dict[str, tuple[float, str]]:
+    do = torch.randn_like(tensors[2])
+    wanted = gradients(exact, leaves([x.double() for x in tensors]), do.double(), None)
+    found = gradients(rule, leaves(tensors), do, None)
     return {
-        name: float((x.double() - y).norm() / y.norm()) for name, x, y in zip(NAMES, found, wanted, strict=False)
-    }  # fmt: skip
+        f"error_{name}": (float((x.detach().double() - y.detach()).norm() / y.detach().norm()), "1")
+        for name, x, y in zip(NAMES, found, wanted, strict=True)
+    }
 
 
-def measure(case: str) -> dict[str, tuple[float, str]]:
-    batch, length, key_heads, heads, documents = CASES[case]
-    tensors = inputs(batch, length, key_heads, heads, documents)
-    do = torch.randn(batch, length, heads, V, device="cuda").bfloat16()
-    _, _, *saved = kernels.forward(*tensors, *SCALARS, 64)
-    saved_bytes = sum(x.nbytes for x in (*saved, *tensors[:5]) if x is not None)
-    del saved
-    forward_and_backward(do, tensors)
+def measure(rule: Rule, tensors: list[Tensor], cu: Tensor | None) -> dict[str, tuple[float, str]]:
+    tensors = leaves(tensors)
+    do = torch.randn_like(tensors[2])
+    gradients(rule, tensors, do, cu)
+    before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    forward_and_backward(do, tensors)
-    peak = torch.cuda.max_memory_allocated()
-    fwd = do_bench(lambda: kernels.forward(*tensors, *SCALARS, 64), warmup=20, rep=80, return_mode="median")
-    both = do_bench(lambda: forward_and_backward(do, tensors), warmup=20, rep=100, return_mode="median")
+    o = rule(*tensors, cu=cu)
+    saved = torch.cuda.memory_allocated() - before
+    torch.autograd.grad(o, tensors, do)
+    peak = torch.cuda.max_memory_allocated() - before
+    del o
+    with torch.no_grad():
+        forward = do_bench(lambda: rule(*tensors, cu=cu), warmup=20, rep=80, return_mode="median")
+    both = do_bench(lambda: gradients(rule, tensors, do, cu), warmup=20, rep=120, return_mode="median")
     return {
-        "fwd_ms": (fwd, "ms"), "fwd_bwd_ms": (both, "ms"), "peak_mib": (peak / 2**20, "MiB"),
-        "saved_mib": (saved_bytes / 2**20, "MiB"),
+        "fwd_ms": (forward, "ms"), "fwd_bwd_ms": (both, "ms"), "peak_mib": (peak / 2**20, "MiB"),
+        "saved_mib": (saved / 2**20, "MiB"),
     }  # fmt: skip
 
 
 def measure_decoding(batch: int) -> dict[str, tuple[float, str]]:
-    """A token a sequence, in a CUDA graph, over enough states that none is in the cache."""
-    tensors = inputs(batch, 1, 16, 32, 0)[:7]
+    """A token a sequence, in a CUDA graph, over so many states that none is in the cache."""
+    tensors, gates, _ = raw_inputs(batch, 1, 16, 32, 0)
+    options: dict[str, Any] = {"qk_l2norm": True, "A_log": gates[0], "dt_bias": gates[1], "beta_scale": 1.0}
     states = [torch.randn(batch, 32, K, V, device="cuda") for _ in range(max(1, 256 // batch))]
-    run = lambda: [recurrent_forward(*tensors, state, None, *SCALARS) for state in states]  # noqa: E731
-    ms = do_bench_cudagraph(run, rep=50, return_mode="median") / len(states)
+    run = lambda: [recurrent_gated_delta_rule(*tensors, state, **options, impl="triton") for state in states]  # noqa: E731
+    with torch.no_grad():
+        ms = do_bench_cudagraph(run, rep=50, return_mode="median") / len(states)
     return {"ms": (ms, "ms"), "gb_per_s": (2 * states[0].nbytes / ms / 1e6, "GB/s")}
 
 
-def draw(rows: list[dict[str, object]], path: Path) -> None:
+def case_rows(case: str, peers: dict[str, Rule]) -> list[tuple[str, str, dict[str, tuple[float, str]]]]:
+    tensors, gates, cu = raw_inputs(*CASES[case])
+    rows = [("q3n", case, measure(ours(gates), tensors, cu))]
+    tensors = activated(tensors, gates)
+    for name, rule in peers.items():
+        try:
+            rows.append((name, case, measure(rule, tensors, None if cu is None else cu.long())))
+        except Exception as error:  # a peer's limits are its own: the row is missing, the reason printed
+            print(f"{name} {case}: {type(error).__name__}: {str(error)[:200]}")
+        torch.cuda.empty_cache()
+    return rows
+
+
+def error_rows(peers: dict[str, Rule]) -> list[tuple[str, str, dict[str, tuple[float, str]]]]:
+    tensors, gates, _ = raw_inputs(2, 256, 16, 32, 0)
+    exact: Rule = lambda *raw, cu: recurrence(*activated(list(raw), gates))  # noqa: E731
+    rows = [("q3n", "2x256 16/32", errors(ours(gates), tensors, exact))]
+    for name, rule in peers.items():
+        rows.append((name, "2x256 16/32", errors(rule, activated(tensors, gates), recurrence)))
+    return rows
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
     try:
         import matplotlib
     except ImportError:
@@ -121,40 +177,53 @@ def draw(rows: list[dict[str, object]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(9, 4), layout="constrained")
-    for offset, metric in ((-0.2, "fwd_ms"), (0.2, "fwd_bwd_ms")):
-        values = [row["value"] for row in rows if row["metric"] == metric]
-        axes.bar([x + offset for x in range(len(values))], values, 0.4, label=metric)
-    axes.set_xticks(range(len(CASES)), CASES, rotation=20)
-    axes.set_ylabel("ms")
+    timed = [row for row in rows if row["metric"] == "fwd_bwd_ms"]
+    names = list(dict.fromkeys(row["implementation"] for row in timed))
+    cases = list(dict.fromkeys(row["case"] for row in timed))
+    figure, axes = pyplot.subplots(figsize=(10, 4), layout="constrained")
+    for n, name in enumerate(names):
+        tokens = {row["case"]: CASES[row["case"]][0] * CASES[row["case"]][1] for row in timed}
+        values = {
+            row["case"]: 1e6 * row["value"] / tokens[row["case"]] for row in timed if row["implementation"] == name
+        }
+        at = [cases.index(case) + 0.8 * n / len(names) for case in values]
+        axes.bar(at, values.values(), 0.8 / len(names), align="edge", label=name)
+    axes.set_xticks([x + 0.4 for x in range(len(cases))], cases, rotation=20)
+    axes.set_ylabel("forward and backward, ns a token")
     axes.legend()
     figure.savefig(path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--peers", default="flash_qla,fla", help="of flash_qla, fla; empty for none")
+    parser.add_argument("--cases", default="", help="numbers of the cases, all where empty")
     parser.add_argument("--commit", default="")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
-    versions = {"torch": torch.__version__, "triton": triton.__version__}
-    rows = []
+    peers = {name: rule for name in filter(None, options.peers.split(",")) if (rule := load_peer(name))}
+    cases = [list(CASES)[int(n)] for n in options.cases.split(",")] if options.cases else list(CASES)
+    rows: list[dict[str, Any]] = []
 
-    def add(case: str, found: dict[str, tuple[float, str]]) -> None:
-        print(f"{case:26s}" + "".join(f"  {name} {value:.4g} {unit}" for name, (value, unit) in found.items()))
+    def keep(implementation: str, case: str, found: dict[str, tuple[float, str]]) -> None:
+        print(
+            f"{case:26s}{implementation:10s}" + "".join(f" {name} {x:.4g}" for name, (x, _) in found.items()),
+            flush=True,
+        )
         for metric, (value, unit) in found.items():
             rows.append({
-                "benchmark": "gated_delta_rule", "case": case, "implementation": "q3n", "metric": metric,
+                "benchmark": "gated_delta_rule", "case": case, "implementation": implementation, "metric": metric,
                 "value": float(f"{value:.5g}"), "unit": unit, "card": torch.cuda.get_device_name(),
-                "commit": options.commit, "versions": versions,
+                "commit": options.commit, "versions": {"torch": torch.__version__, "triton": triton.__version__},
             })  # fmt: skip
 
-    add("2x256 16/32", {f"error_{name}": (error, "") for name, error in errors().items()})
-    for case in CASES:
-        add(case, measure(case))
-    for batch in (1, 32, 128):
-        add(f"decode {batch}", measure_decoding(batch))
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "gated_delta_rule.json").write_text(json.dumps(rows, indent=1) + "\n")
+    steps = [lambda: error_rows(peers), *(lambda case=case: case_rows(case, peers) for case in cases)]
+    steps.append(lambda: [("q3n", f"decode {batch}", measure_decoding(batch)) for batch in (1, 32, 128)])
+    for step in steps:
+        for row in step():
+            keep(*row)
+        (options.out / "gated_delta_rule.json").write_text(json.dumps(rows, indent=1) + "\n")
     draw(rows, options.out / "gated_delta_rule.png")
 
 
