@@ -10,6 +10,7 @@ Letters: B batch, T time, D model width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -25,7 +26,7 @@ from q3n_functional.packing import IGNORE
 from q3n_functional.parallel.collectives import Axis, all_gather, all_reduce, maximum, parameter, reduce_scatter
 from q3n_functional.parallel.mesh import AXES, Mesh
 from q3n_functional.parallel.rules import Layout
-from q3n_functional.params import Parameters
+from q3n_functional.params import Parameters, named_leaves
 
 GROUPS = {
     "fsdp": ("dp", "cp"),
@@ -99,7 +100,8 @@ def _used(p: Tensor, where: Layout, parallel: Parallel) -> Tensor:
     axes = (parallel.replicate, parallel.ep, parallel.tp)
     dims = (None, where.ep, where.tp)
     copies = [axis for axis, dim in zip(axes, dims, strict=True) if dim is None]
-    return parameter(p, where.spec.dtype or parallel.dtype, parallel.fsdp, where.fsdp, copies)
+    dtype = torch.promote_types(where.spec.dtype or parallel.dtype, parallel.dtype)
+    return parameter(p, dtype, parallel.fsdp, where.fsdp, copies)
 
 
 def enter_block(x_BTD: Tensor, parallel: Parallel | None) -> Tensor:
@@ -165,6 +167,16 @@ def worth(local: Tensor, parallel: Parallel | None) -> Tensor:
         return local
     own = local.detach()
     return local + (all_reduce(own, parallel.world) - own)
+
+
+def total_norm(gradients: Mapping[str, Tensor], parallel: Parallel | None) -> Tensor:
+    """The global norm of gradients by name, each number counted once however many ranks hold it."""
+    if parallel is None:
+        norm: Tensor = torch.nn.utils.get_total_norm(list(gradients.values()))
+        return norm
+    where = cast(dict[str, Layout], named_leaves(parallel.layouts))
+    squares = [g.square().sum() / where[name].copies for name, g in gradients.items()]
+    return all_reduce(torch.stack(squares).sum(), parallel.world).sqrt()
 
 
 def own_groups(weight_GD: Tensor, groups: int, parallel: Parallel | None) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from q3n_functional.config import Config
+from q3n_functional.parallel.placement import Parallel, total_norm
 from q3n_functional.params import Spec, named_specs
 
 
@@ -104,6 +105,7 @@ def update_(
     gradients: Mapping[str, Tensor],
     state: State,
     lr: Tensor,
+    parallel: Parallel | None = None,
     *,
     groups: Groups,
     optimizer: OptimizerConfig,
@@ -111,9 +113,10 @@ def update_(
     """Clips the gradients by global norm and moves `params` and `state` in place; returns the norm before clipping.
 
     In place, because a second copy of a model rarely fits. `lr` is a scalar tensor, so that a compiled update serves
-    every step. All mappings are by parameter name.
+    every step. All mappings are by parameter name. With `parallel` everything is the rank's shards, and the norm that of
+    the whole gradient; Muon, which needs whole matrices, then takes leaves that no rank has a part of.
     """
-    norm: Tensor = torch.nn.utils.get_total_norm(list(gradients.values()))
+    norm = total_norm(gradients, parallel)
     scale = (optimizer.clip_norm / (norm + 1e-6)).clamp(max=1.0)
     clipped = {name: g * scale.to(g.device) for name, g in gradients.items()}
     _adamw_(groups.decayed, params, clipped, state, lr, optimizer.weight_decay, optimizer)

@@ -16,6 +16,7 @@ from torch import Tensor
 from q3n_functional import model, optim, packing
 from q3n_functional.config import Config
 from q3n_functional.data import Batch
+from q3n_functional.parallel.placement import Parallel
 from q3n_functional.params import Parameters, named_leaves, spec
 from q3n_functional.train_config import TrainConfig
 
@@ -47,8 +48,11 @@ def missing_compiler(device: torch.device) -> str | None:
     return f"no compiler ({' or '.join(filter(None, candidates))} is not there; install one or set ${variable})"
 
 
-def make_loss(config: TrainConfig, shape: Config) -> Loss:
-    """The loss of a micro-batch as a function of fp32 parameters, tokens, cu_seqlens and the targets to divide by."""
+def make_loss(config: TrainConfig, shape: Config, parallel: Parallel | None = None) -> Loss:
+    """The loss of a micro-batch as a function of fp32 parameters, tokens, cu_seqlens and the targets to divide by.
+
+    With `parallel`, of the rank's shards and rows; they are cast where they are gathered.
+    """
     compute = getattr(torch, config.dtype)
     dtypes = [leaf.dtype or compute for leaf in pytree.tree_leaves(spec(shape))]
 
@@ -56,12 +60,14 @@ def make_loss(config: TrainConfig, shape: Config) -> Loss:
         params: Parameters, tokens_BT: Tensor, cu_seqlens: Tensor | None, num_targets: Tensor
     ) -> tuple[Tensor, model.Metrics]:
         leaves, tree = pytree.tree_flatten(params)
-        cast_params = pytree.tree_unflatten([p.to(d) for p, d in zip(leaves, dtypes, strict=True)], tree)
+        if parallel is None:
+            leaves = [p.to(d) for p, d in zip(leaves, dtypes, strict=True)]
         return model.loss(
-            cast_params,
+            pytree.tree_unflatten(leaves, tree),
             tokens_BT,
             _documents(tokens_BT, cu_seqlens),
             num_targets=num_targets,
+            parallel=parallel,
             config=shape,
             z_loss_coef=config.z_loss_coef,
             checkpoint_layers=config.checkpoint_layers,
@@ -74,10 +80,12 @@ def _documents(tokens_BT: Tensor, cu_seqlens: Tensor | None) -> packing.Document
     return None if cu_seqlens is None else packing.documents(cu_seqlens, *tokens_BT.shape)
 
 
-def functions(config: TrainConfig, shape: Config, device: torch.device) -> tuple[Loss, Update]:
+def functions(
+    config: TrainConfig, shape: Config, device: torch.device, parallel: Parallel | None = None
+) -> tuple[Loss, Update]:
     """The two functions of a step for a model of `shape`, compiled where there is a compiler."""
-    loss = make_loss(config, shape)
-    update: Update = partial(optim.update_, groups=optim.groups(shape, config.optimizer), optimizer=config.optimizer)
+    loss, groups = make_loss(config, shape, parallel), optim.groups(shape, config.optimizer)
+    update: Update = partial(optim.update_, parallel=parallel, groups=groups, optimizer=config.optimizer)
     reason = missing_compiler(device) if config.compile else "compile is false"
     if reason:
         logger.info("running eagerly: %s", reason)

@@ -1,0 +1,202 @@
+"""What each rank of a parallel test runs: layouts of a model against the same model on one device, in float64.
+
+`launch(ranks, cases)` starts the ranks and returns, case by case, the largest relative error of any of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from q3n_functional import model, optim, packing, params
+from q3n_functional.config import Config
+from q3n_functional.parallel import collectives, mesh, placement, rules
+from q3n_functional.params import named_leaves
+from tests.configs import perturbed, slower, small, trainable
+
+ROWS, LENGTH, STEPS = 4, 32, 3
+OPTIMIZER = optim.OptimizerConfig(clip_norm=0.5)
+# Documents begin and end on, before and behind the places where rows are cut; some reach over several, one row is one.
+ENDS = ((5, 8, 29, 32), (15, 17, 32), (32,), (1, 16, 16, 18))
+
+
+UNCHANGED: dict[str, Any] = {}
+
+
+class Case(NamedTuple):
+    """A layout, changes to the small model, and how to run it."""
+
+    mesh: str
+    model: dict[str, Any] = UNCHANGED
+    packed: bool = True
+    sequence: bool = True
+    backend: str = ""
+    checkpoint: bool = False
+    mutation: str = ""
+
+
+class Batch(NamedTuple):
+    """Tokens, labels of which a third is ignored, offsets of documents."""
+
+    tokens: Tensor
+    labels: Tensor
+    cu_seqlens: Tensor | None
+
+
+class Outcome(NamedTuple):
+    """Of training: losses with their parts, norms, the first gradients, and the last parameters, by name."""
+
+    numbers: list[Tensor]
+    gradients: dict[str, Tensor]
+    leaves: dict[str, Tensor]
+
+
+def batch(config: Config, packed: bool) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(config.vocab_size, (ROWS, LENGTH), generator=generator)
+    labels = tokens.masked_fill(torch.rand(ROWS, LENGTH, generator=generator) < 0.3, packing.IGNORE)
+    ends = [row * LENGTH + end for row, row_ends in enumerate(ENDS) for end in row_ends]
+    return Batch(tokens, labels, torch.tensor([0, *ends], dtype=torch.int32) if packed else None)
+
+
+def rows_of(whole: Batch, count: int, index: int) -> Batch:
+    """The `index`-th of `count` equal parts of the rows."""
+    num = ROWS // count
+    rows, cu = slice(index * num, (index + 1) * num), whole.cu_seqlens
+    local = None if cu is None else (cu - index * num * LENGTH).clamp(0, num * LENGTH)
+    return Batch(whole.tokens[rows], whole.labels[rows], local)
+
+
+def trained(config: Config, tree: params.Parameters, own: Batch, case: Case, parallel: Any = None) -> Outcome:
+    def loss(tree: params.Parameters, tokens: Tensor, labels: Tensor, cu: Tensor | None) -> Any:
+        documents = None if cu is None else packing.documents(cu, *tokens.shape)
+        options = {"z_loss_coef": 1e-3, "checkpoint_layers": case.checkpoint}
+        return model.loss(tree, tokens, documents, labels, parallel=parallel, config=config, **options)
+
+    if case.backend:
+        torch._dynamo.reset()
+        loss = torch.compile(loss, fullgraph=True, dynamic=False, backend=case.backend)
+    groups = optim.groups(config, OPTIMIZER)
+    leaves, numbers, first = named_leaves(tree), [], {}
+    state = optim.init({name: p.detach() for name, p in leaves.items()}, groups)
+    for _ in range(STEPS):
+        value, parts = loss(tree, *own)
+        new = dict(zip(leaves, torch.autograd.grad(value, list(leaves.values())), strict=True))
+        first = first or {name: g.clone() for name, g in new.items()}
+        views, lr = {name: p.detach() for name, p in leaves.items()}, torch.tensor(1e-2)
+        norm = optim.update_(views, new, state, lr, parallel, groups=groups, optimizer=OPTIMIZER)
+        numbers += [value.detach(), norm, *parts]
+    return Outcome(numbers, first, {name: p.detach() for name, p in leaves.items()})
+
+
+@cache
+def reference(model_options: str, packed: bool) -> tuple[Config, params.Parameters, Outcome]:
+    options = json.loads(model_options)
+    config = small(**{name: tuple(x) if isinstance(x, list) else x for name, x in options.items()})
+    tree = slower(perturbed(config, dtype=torch.float64))
+    return config, tree, trained(config, trainable(tree), batch(config, packed), Case(""))
+
+
+def error(case: Case) -> float:
+    """The largest error of this rank, relative to the largest number of each tensor."""
+    config, tree, expected = reference(json.dumps(case.model), case.packed)
+    layout = replace(mesh.parse(case.mesh), sequence=case.sequence)
+    mesh.check_batch(layout, config, ROWS, LENGTH)
+    where, at = rules.layouts(config, layout), layout.coordinates(dist.get_rank())
+    parallel = placement.connect(layout, where, torch.float64, torch.device("cpu"))
+    own = rows_of(batch(config, case.packed), layout.rows, at["rows"])
+    undo = MUTATIONS[case.mutation]() if case.mutation else lambda: None
+    actual = trained(config, trainable(rules.shard(tree, where, at)), own, case, parallel)
+    undo()
+    places = named_leaves(where)
+    pairs = list(zip(expected.numbers, actual.numbers, strict=True))
+    for theirs, ours in ((expected.gradients, actual.gradients), (expected.leaves, actual.leaves)):
+        pairs += [(places[name].shard(whole, at), ours[name]) for name, whole in theirs.items()]
+    return max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-6)) for a, b in pairs)
+
+
+def _replaced(owner: Any, name: str, function: Any) -> Callable[[], None]:
+    original = owner.__dict__[name]
+    setattr(owner, name, function)
+    return lambda: setattr(owner, name, original)
+
+
+def _without(function: Any, name: str, change: Callable[..., Any]) -> Callable[[], Callable[[], None]]:
+    return lambda: _replaced(function, name, staticmethod(change))
+
+
+def _no_sums(ctx: Any, dy: Tensor) -> Any:
+    ctx.sums = []
+    return _parameter_backward(ctx, dy)
+
+
+def _own_piece(ctx: Any, dy: Tensor) -> Any:
+    """A reduce-scatter without the sum."""
+    size, _, dim = ctx.where
+    return dy.chunk(size, dim)[dist.get_rank() % size], None, None, None
+
+
+_parameter_backward = collectives._Parameter.backward
+_gathered = collectives._gathered
+
+MUTATIONS: dict[str, Callable[[], Callable[[], None]]] = {
+    "parameters are not summed": _without(collectives._Parameter, "backward", _no_sums),
+    "gathers are not reduced": _without(collectives._AllGather, "backward", _own_piece),
+    "a sum's gradient is not summed": _without(collectives._AllReduce, "backward", lambda ctx, dy: (dy, None)),
+    "statistics are local": lambda: _replaced(placement, "all_reduce", lambda x, axis: x),
+    "the norm is local": lambda: _replaced(optim, "total_norm", lambda g, _: placement.total_norm(g, None)),
+}
+
+
+def worst(case: Case) -> float:
+    """The largest error of all ranks."""
+    errors: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error(case))
+    return max(errors)
+
+
+def launch(ranks: int, cases: Sequence[Case], timeout: float = 200) -> list[float]:
+    """The errors of `cases`, on that many processes; a rank that fails ends them all."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "tests.parallel_ranks", folder, str(ranks), json.dumps(cases)]
+        processes = [
+            subprocess.Popen(
+                [*command, str(rank)],
+                env={**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/{rank}"},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(ranks)
+        ]
+        said = [process.communicate(timeout=timeout)[1] for process in processes]
+        assert not any(process.returncode for process in processes), "\n".join(said)
+        found = json.loads((Path(folder) / "errors.json").read_text())
+        return [float(number) for number in found]
+
+
+def _main(folder: str, ranks: str, cases: str, rank: str) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", store, timedelta(seconds=90), int(ranks), int(rank))
+    errors = [worst(Case(*values)) for values in json.loads(cases)]
+    if rank == "0":
+        (Path(folder) / "errors.json").write_text(json.dumps(errors))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
