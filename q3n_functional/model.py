@@ -5,13 +5,12 @@ Letters: B batch, T time, D model width, V vocabulary, E experts.
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
-from torch.utils.checkpoint import checkpoint
 
 from q3n_functional import cache as caches
 from q3n_functional import layers
@@ -23,6 +22,7 @@ from q3n_functional.packing import IGNORE, Documents, same_document, shift
 from q3n_functional.parallel.context import piece
 from q3n_functional.parallel.placement import Parallel, cross_entropy, embed, summed, whole, worth
 from q3n_functional.params import DecoderLayer, LinearAttention, MultiTokenPrediction, Parameters
+from q3n_functional.recompute import Recompute, recomputed
 
 
 class Metrics(NamedTuple):
@@ -79,23 +79,18 @@ def hidden_states(
     tokens_BT: Tensor,
     documents: Documents | None = None,
     cache: Cache | None = None,
-    parallel: Parallel | None = None,
     *,
     config: Config,
-    checkpoint_layers: bool = False,
     tentative: bool = False,
 ) -> tuple[Tensor, RouterStatistics, Cache | None]:
     """The normalised output of the last layer [B, T, D], the routers' statistics, and the cache behind the tokens.
 
-    `checkpoint_layers` keeps only each layer's input for backward and computes the layer again there. With `tentative`
-    the cache is one that `accept` cuts to the tokens that stay. With `parallel`, which takes no cache, `params` are the
-    rank's shards, tokens are whole rows, and the rank's piece of the output comes back.
+    With `tentative` the cache is one that `accept` cuts to the tokens that stay.
     """
-    if cache is not None and parallel is not None:
-        raise ValueError("a cache is of one device: give it or `parallel`, not both")
-    shared = on_ranks(_context(tokens_BT, documents, cache, config, tentative), tokens_BT, parallel, config=config)
-    h_BTD, statistics, states = _through_layers(params, tokens_BT, shared, cache, config, checkpoint_layers)
-    return h_BTD, statistics, None if cache is None else _continued(cache, states, tokens_BT, documents, tentative)
+    shared = _context(tokens_BT, documents, cache, config, tentative)
+    h_BTD, statistics, states = _through_layers(params, tokens_BT, shared, cache, config)
+    new_cache = None if cache is None else _continued(cache, states, tokens_BT, documents, tentative)
+    return h_BTD, _pooled(statistics, h_BTD, config), new_cache
 
 
 def prefill(
@@ -106,42 +101,27 @@ def prefill(
     The same as `hidden_states` with an empty cache; but attention reads the packed tokens alone, not N rows of a cache.
     """
     shared = _context(tokens_BT, documents, None, config, False)
-    h_BTD, _, states = _through_layers(params, tokens_BT, shared, None, config, False)
+    h_BTD, _, states = _through_layers(params, tokens_BT, shared, None, config)
     lengths_N = documents.cu_seqlens.diff()
     return h_BTD, Cache(tuple(caches.unpacked(s, documents.cu_seqlens, capacity) for s in states), lengths_N)
 
 
 def _through_layers(
-    params: Parameters,
-    tokens_BT: Tensor,
-    shared: Context,
-    cache: Cache | None,
-    config: Config,
-    checkpoint_layers: bool,
-) -> tuple[Tensor, RouterStatistics, list[State]]:
-    parallel = shared.parallel
-    table_VD, norm_D = _outer(params, "embed_tokens", parallel), _outer(params, "norm", parallel)
-    x_BTD, statistics, states = (
-        embed(piece(tokens_BT, parallel), table_VD, parallel),
-        _no_statistics(params, config),
-        [],
-    )
+    params: Parameters, tokens_BT: Tensor, shared: Context, cache: Cache | None, config: Config
+) -> tuple[Tensor, list[RouterStatistics], list[State]]:
+    x_BTD, statistics, states = embed(tokens_BT, params.embed_tokens, None), [], []
     for i, p in enumerate(params.layers):
-        layer = functools.partial(_layer, layouts=parallel and parallel.layouts.layers[i], config=config)
-        state = None if cache is None else cache.layers[i]
-        if checkpoint_layers:
-            x_BTD, new_state, new = checkpoint(layer, p, x_BTD, shared, state, use_reentrant=False)
-        else:
-            x_BTD, new_state, new = layer(p, x_BTD, shared, state)
-        statistics = _pooled(statistics, new)
-        states.append(new_state)
-    return rms_norm(x_BTD, norm_D, config.rms_norm_eps), statistics, states
+        x_BTD, state, new = decoder_layer(p, x_BTD, shared, None if cache is None else cache.layers[i], config=config)
+        states.append(state)
+        statistics += [] if new is None else [new]
+    return rms_norm(x_BTD, params.norm, config.rms_norm_eps), statistics, states
 
 
-def _layer(
-    p: DecoderLayer, x_BTD: Tensor, shared: Context, state: State | None, *, layouts: Any, config: Config
-) -> tuple[Tensor, State, RouterStatistics | None]:
-    return decoder_layer(whole(p, layouts, shared.parallel), x_BTD, shared, state, config=config)
+def _pooled(statistics: Sequence[RouterStatistics], like: Tensor, config: Config) -> RouterStatistics:
+    if not statistics:
+        zeros = like.new_zeros(max(config.num_experts, 1), dtype=torch.float32)
+        return RouterStatistics(zeros, zeros, zeros[0])
+    return RouterStatistics(*(torch.stack(x).sum(0) for x in zip(*statistics, strict=True)))
 
 
 def _outer(params: Parameters, name: str, parallel: Parallel | None) -> Any:
@@ -172,15 +152,6 @@ def _continued(
     )
 
 
-def _no_statistics(params: Parameters, config: Config) -> RouterStatistics:
-    zeros = params.norm.new_zeros(max(config.num_experts, 1), dtype=torch.float32)
-    return RouterStatistics(zeros, zeros, zeros[0])
-
-
-def _pooled(a: RouterStatistics, b: RouterStatistics | None) -> RouterStatistics:
-    return a if b is None else RouterStatistics(*(x + y for x, y in zip(a, b, strict=True)))
-
-
 def multi_token_prediction(
     p: MultiTokenPrediction,
     embed_tokens: Tensor,
@@ -190,6 +161,7 @@ def multi_token_prediction(
     parallel: Parallel | None = None,
     *,
     config: Config,
+    recompute: Recompute = "none",
 ) -> tuple[Tensor, RouterStatistics | None]:
     """Hidden states [B, T, D] from which the shared head predicts the token after the next.
 
@@ -202,7 +174,7 @@ def multi_token_prediction(
     e_BTD = rms_norm(embed(next_BT, embed_tokens, parallel), p.pre_fc_norm_embedding, config.rms_norm_eps)
     h_BTD = rms_norm(h_BTD, p.pre_fc_norm_hidden, config.rms_norm_eps)
     x_BTD = linear(torch.cat([e_BTD, h_BTD], -1), p.fc)
-    x_BTD, _, statistics = decoder_layer(p.layer, x_BTD, shared, None, config=config)
+    x_BTD, statistics = layer(p.layer, x_BTD, shared, config=config, recompute=recompute)
     return rms_norm(x_BTD, p.norm, config.rms_norm_eps), statistics
 
 
@@ -232,6 +204,77 @@ def _counts(targets_BT: list[Tensor]) -> Tensor:
     return torch.stack([(x != IGNORE).sum() for x in targets_BT]).to(torch.float32)
 
 
+def layer(
+    p: DecoderLayer,
+    x_BTD: Tensor,
+    shared: Context,
+    layouts: Any = None,
+    *,
+    config: Config,
+    recompute: Recompute = "none",
+) -> tuple[Tensor, RouterStatistics | None]:
+    """A layer as `loss` runs it: no state comes in or out, and backward computes again what `recompute` says.
+
+    With `layouts`, `p` are the rank's shards, which are gathered here, and gathered again where they are recomputed.
+    """
+
+    def run(p: DecoderLayer, x_BTD: Tensor, shared: Context) -> tuple[Tensor, RouterStatistics | None]:
+        p = p if layouts is None else whole(p, layouts, shared.parallel)
+        y_BTD, _, statistics = decoder_layer(p, x_BTD, shared, None, config=config)
+        return y_BTD, statistics
+
+    return recomputed(recompute, run, p, x_BTD, shared)
+
+
+def finish(
+    params: Parameters,
+    x_BTD: Tensor,
+    statistics: Sequence[RouterStatistics],
+    tokens_BT: Tensor,
+    documents: Documents | None,
+    labels_BT: Tensor | None,
+    num_targets: Tensor | None,
+    parallel: Parallel | None,
+    *,
+    config: Config,
+    z_loss_coef: float,
+    recompute: Recompute,
+) -> tuple[Tensor, Metrics]:
+    """The loss from what the last layer gives: final norm, head, prediction module. Of `params` no layer is read."""
+    h_BTD = rms_norm(x_BTD, _outer(params, "norm", parallel), config.rms_norm_eps)
+    first_BT, second_BT = (piece(targets(tokens_BT, documents, labels_BT, by=by), parallel) for by in (1, 2))
+    own = summed(_counts([first_BT, second_BT]), "tokens", parallel)
+    totals = (own if num_targets is None else num_targets).clamp(min=1)
+    head_VD = _outer(params, "embed_tokens" if isinstance(params.lm_head, tuple) else "lm_head", parallel)
+    main = cross_entropy(h_BTD, head_VD, first_BT, z_loss_coef, parallel)
+    total, mtp = main.total / totals[0], torch.zeros_like(main.cross_entropy)
+    if isinstance(params.mtp, MultiTokenPrediction):
+        mtp_params, table_VD = _outer(params, "mtp", parallel), _outer(params, "embed_tokens", parallel)
+        h2_BTD, new = multi_token_prediction(
+            mtp_params, table_VD, h_BTD, tokens_BT, documents, parallel, config=config, recompute=recompute
+        )
+        statistics = [*statistics, *([] if new is None else [new])]
+        second = cross_entropy(h2_BTD, head_VD, second_BT, 0.0, parallel)
+        total, mtp = total + config.mtp_loss_scaling_factor * second.total / totals[1], second.cross_entropy / totals[1]
+    pooled = _over_ranks(_pooled(statistics, x_BTD, config), parallel)
+    aux_loss = load_balancing_loss(pooled) * own[0].clamp(min=1) / totals[0]
+    # All ranks have the same: each counts its share.
+    total = total + config.router_aux_loss_coef * aux_loss / (1 if parallel is None else parallel.world.size)
+    parts = torch.stack([main.cross_entropy / totals[0], mtp, main.z_loss / totals[0]])
+    entropy, mtp, z_loss = summed(parts, "world", parallel).unbind()
+    return worth(total, parallel), Metrics(entropy, mtp, aux_loss.detach(), z_loss, own[0])
+
+
+class Stages(NamedTuple):
+    """The functions that a loss is made of beside the embedding, as they are or each compiled by itself.
+
+    With one compiled `layer` for all layers of a kind, compiling takes as long for 48 layers as for 4.
+    """
+
+    layer: Callable[..., tuple[Tensor, RouterStatistics | None]] = layer
+    finish: Callable[..., tuple[Tensor, Metrics]] = finish
+
+
 def loss(
     params: Parameters,
     tokens_BT: Tensor,
@@ -242,7 +285,8 @@ def loss(
     *,
     config: Config,
     z_loss_coef: float = 0.0,
-    checkpoint_layers: bool = False,
+    recompute: Recompute = "none",
+    stages: Stages = Stages(),  # noqa: B008  # immutable
 ) -> tuple[Tensor, Metrics]:
     """The training loss, an fp32 scalar, and its parts.
 
@@ -254,28 +298,19 @@ def loss(
     num_targets: what `count_targets` gave for a larger batch of which this is a part.
     parallel: with it, `params` are the rank's shards and the batch is the rank's rows, whole. The results are those of
     all ranks' rows together, the gradients those of the shards.
+    recompute: what each layer computes again in backward rather than keeps; see `q3n_functional.recompute`.
     """
-    h_BTD, statistics, _ = hidden_states(
-        params, tokens_BT, documents, parallel=parallel, config=config, checkpoint_layers=checkpoint_layers
-    )
-    first_BT, second_BT = (piece(targets(tokens_BT, documents, labels_BT, by=by), parallel) for by in (1, 2))
-    own = summed(_counts([first_BT, second_BT]), "tokens", parallel)
-    totals = (own if num_targets is None else num_targets).clamp(min=1)
-    head_VD = _outer(params, "embed_tokens" if isinstance(params.lm_head, tuple) else "lm_head", parallel)
-    main = cross_entropy(h_BTD, head_VD, first_BT, z_loss_coef, parallel)
-    total, mtp = main.total / totals[0], torch.zeros_like(main.cross_entropy)
-    if isinstance(params.mtp, MultiTokenPrediction):
-        mtp_params, table_VD = _outer(params, "mtp", parallel), _outer(params, "embed_tokens", parallel)
-        h2_BTD, new = multi_token_prediction(mtp_params, table_VD, h_BTD, tokens_BT, documents, parallel, config=config)
-        statistics = _pooled(statistics, new)
-        second = cross_entropy(h2_BTD, head_VD, second_BT, 0.0, parallel)
-        total, mtp = total + config.mtp_loss_scaling_factor * second.total / totals[1], second.cross_entropy / totals[1]
-    aux_loss = load_balancing_loss(_over_ranks(statistics, parallel)) * own[0].clamp(min=1) / totals[0]
-    # All ranks have the same: each counts its share.
-    total = total + config.router_aux_loss_coef * aux_loss / (1 if parallel is None else parallel.world.size)
-    parts = torch.stack([main.cross_entropy / totals[0], mtp, main.z_loss / totals[0]])
-    entropy, mtp, z_loss = summed(parts, "world", parallel).unbind()
-    return worth(total, parallel), Metrics(entropy, mtp, aux_loss.detach(), z_loss, own[0])
+    shared = on_ranks(context(tokens_BT, documents, None, config), tokens_BT, parallel, config=config)
+    x_BTD = embed(piece(tokens_BT, parallel), _outer(params, "embed_tokens", parallel), parallel)
+    statistics = []
+    for i, p in enumerate(params.layers):
+        layouts = parallel and parallel.layouts.layers[i]
+        x_BTD, new = stages.layer(p, x_BTD, shared, layouts, config=config, recompute=recompute)
+        statistics += [] if new is None else [new]
+    return stages.finish(
+        params._replace(layers=()), x_BTD, statistics, tokens_BT, documents, labels_BT, num_targets, parallel,
+        config=config, z_loss_coef=z_loss_coef, recompute=recompute,
+    )  # fmt: skip
 
 
 def _over_ranks(statistics: RouterStatistics, parallel: Parallel | None) -> RouterStatistics:

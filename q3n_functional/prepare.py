@@ -109,7 +109,8 @@ def start(config: TrainConfig, newest: Path | None, words: Tokenizer | None, dev
         return train_state.load(newest, config.optimizer, device)
     begin = _initial(config, words, device) if not config.init_from else _continued(config, device)
     groups = optim.groups(begin.config, config.optimizer)
-    return TrainState(0, begin, optim.init(named_leaves(begin.params), groups))
+    dtype = getattr(torch, config.optimizer.state_dtype)
+    return TrainState(0, begin, optim.init(named_leaves(begin.params), groups, dtype))
 
 
 def _initial(config: TrainConfig, words: Tokenizer | None, device: torch.device) -> Checkpoint:

@@ -8,14 +8,16 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import cast
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from q3n_functional import model, optim, packing
+from q3n_functional import compiled, model, optim, packing
 from q3n_functional.config import Config
 from q3n_functional.data import Batch
+from q3n_functional.ops.registration import wide
 from q3n_functional.parallel.placement import Parallel
 from q3n_functional.params import Parameters, named_leaves, spec
 from q3n_functional.train_config import TrainConfig
@@ -49,31 +51,41 @@ def missing_compiler(device: torch.device) -> str | None:
 
 
 def make_loss(config: TrainConfig, shape: Config, parallel: Parallel | None = None) -> Loss:
-    """The loss of a micro-batch as a function of fp32 parameters, tokens, cu_seqlens and the targets to divide by.
+    """The loss of a micro-batch as a function of `working` parameters, tokens, cu_seqlens and the targets to divide by.
 
-    With `parallel`, of the rank's shards and rows; they are cast where they are gathered.
+    With `parallel`, of the rank's fp32 shards and rows; they are cast where they are gathered.
     """
-    compute = getattr(torch, config.dtype)
-    dtypes = [leaf.dtype or compute for leaf in pytree.tree_leaves(spec(shape))]
 
     def loss(
-        params: Parameters, tokens_BT: Tensor, cu_seqlens: Tensor | None, num_targets: Tensor
+        params: Parameters,
+        tokens_BT: Tensor,
+        cu_seqlens: Tensor | None,
+        num_targets: Tensor,
+        stages: model.Stages = model.Stages(),  # noqa: B008  # immutable
     ) -> tuple[Tensor, model.Metrics]:
-        leaves, tree = pytree.tree_flatten(params)
-        if parallel is None:
-            leaves = [p.to(d) for p, d in zip(leaves, dtypes, strict=True)]
         return model.loss(
-            pytree.tree_unflatten(leaves, tree),
+            params,
             tokens_BT,
             _documents(tokens_BT, cu_seqlens),
             num_targets=num_targets,
             parallel=parallel,
             config=shape,
             z_loss_coef=config.z_loss_coef,
-            checkpoint_layers=config.checkpoint_layers,
+            recompute=config.recompute,
+            stages=stages,
         )
 
     return loss
+
+
+def working(masters: Parameters, config: TrainConfig, shape: Config) -> Parameters:
+    """The parameters that a step computes with: leaves that take gradients, in `config.dtype` but for those always fp32.
+
+    Copies, made once a step, where that is not the masters' dtype; their gradients are then in it too, half as large.
+    """
+    compute = getattr(torch, config.dtype)
+    dtypes = pytree.tree_map(lambda leaf: leaf.dtype or compute, spec(shape))
+    return cast(Parameters, pytree.tree_map(lambda p, d: p.detach().to(d).requires_grad_(), masters, dtypes))
 
 
 def _documents(tokens_BT: Tensor, cu_seqlens: Tensor | None) -> packing.Documents | None:
@@ -84,20 +96,23 @@ def functions(
     config: TrainConfig, shape: Config, device: torch.device, parallel: Parallel | None = None
 ) -> tuple[Loss, Update]:
     """The two functions of a step for a model of `shape`, compiled where there is a compiler."""
-    loss, groups = make_loss(config, shape, parallel), optim.groups(shape, config.optimizer)
+    loss: Loss = make_loss(config, shape, parallel)
+    groups = optim.groups(shape, config.optimizer)
     update: Update = partial(optim.update_, parallel=parallel, groups=groups, optimizer=config.optimizer)
-    reason = missing_compiler(device) if config.compile else "compile is false"
+    reason = missing_compiler(device) if config.compile != "none" else "compile is none"
     if reason:
         logger.info("running eagerly: %s", reason)
         return loss, update
-    compile_ = partial(torch.compile, fullgraph=True, dynamic=False)
-    return compile_(loss), compile_(update)
+    return compiled.compiled(loss, config.compile), torch.compile(update, fullgraph=True, dynamic=False)
 
 
 def gradients(
     loss: Loss, params: Parameters, batches: Sequence[Batch]
 ) -> tuple[dict[str, Tensor], Tensor, model.Metrics]:
-    """Gradients by name, loss and metrics of `batches` as if they were one; leaves of `params` must require grad."""
+    """Gradients by name, loss and metrics of `batches` as if they were one; leaves of `params` must require grad.
+
+    Of one batch, gradients are in the parameters' dtypes; of several they are summed in fp32 or wider.
+    """
     leaves = named_leaves(params)
     counts = torch.stack([count(batch) for batch in batches]).sum(0)
     sums: list[Tensor] = []
@@ -105,7 +120,11 @@ def gradients(
     for batch in batches:
         value, metrics_ = loss(params, *batch, counts)
         new = torch.autograd.grad(value, list(leaves.values()))
-        sums = list(new) if not sums else [a.add_(b) for a, b in zip(sums, new, strict=True)]
+        if len(batches) > 1:
+            # The first of them is the sum's storage where it is wide enough, and a wide copy where not.
+            sums = [a.add_(b) for a, b in zip(sums, new, strict=True)] if sums else [g.to(wide(g.dtype)) for g in new]
+        else:
+            sums = list(new)
         parts.append((value.detach(), *metrics_))
     total, *rest = torch.stack([torch.stack(part) for part in parts]).sum(0)
     return dict(zip(leaves, sums, strict=True)), total, model.Metrics(*rest)

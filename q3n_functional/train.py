@@ -13,17 +13,15 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import cast
 
 import torch
-import torch.utils._pytree as pytree
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from q3n_functional import data, metrics, optim, prepare, step, tokenizer, train_state
 from q3n_functional.data import Batch
 from q3n_functional.generate import generate
-from q3n_functional.params import Parameters, named_leaves
+from q3n_functional.params import named_leaves
 from q3n_functional.prepare import Text
 from q3n_functional.train_config import TrainConfig
 from q3n_functional.train_state import TrainState
@@ -92,16 +90,14 @@ class _Interrupt:
 def _loop(config: TrainConfig, text: Text, state: TrainState, log: metrics.Log, interrupt: _Interrupt) -> TrainState:
     """Steps until the last one, a signal or a number that is not finite."""
     loss, update = step.functions(config, state.model.config, state.optimizer.step.device)
-    # Two views of one storage: the update moves what the next loss reads.
-    params = cast(Parameters, pytree.tree_map(lambda p: p.detach().requires_grad_(), state.model.params))
     pace = 0.2 if sys.stderr.isatty() else 10.0  # seconds; a log wants few lines
     with tqdm(total=config.steps, initial=state.step, unit="step", dynamic_ncols=True, mininterval=pace) as bar:
         while state.step < config.steps and not interrupt.number:
-            values = _step(config, text, state, params, loss, update)
+            values = _step(config, text, state, loss, update)
             _check_finite(config, text, state, values)
             state = state._replace(step=state.step + 1)
             if _due(config.output.validate_every, state.step) or state.step == config.steps:
-                values |= _validation(config, text, params, loss)
+                values |= _validation(config, text, state, loss)
             log.write(state.step, values)
             bar.set_postfix({name: f"{values[name]:.4g}" for name in SHOWN if name in values}, refresh=False)
             bar.update()
@@ -115,13 +111,13 @@ def _due(every: int, done: int) -> bool:
     return every > 0 and done % every == 0
 
 
-def _step(
-    config: TrainConfig, text: Text, state: TrainState, params: Parameters, loss: step.Loss, update: step.Update
-) -> dict[str, float]:
+def _step(config: TrainConfig, text: Text, state: TrainState, loss: step.Loss, update: step.Update) -> dict[str, float]:
     """One update, in place; what is known about it as numbers."""
     device, begin = state.optimizer.step.device, time.perf_counter()
     batches = [_to(data.batch(text.training, i, config.seed), device) for i in _indices(config, state.step)]
+    params = step.working(state.model.params, config, state.model.config)
     gradients, total, parts = step.gradients(loss, params, batches)
+    del params
     lr = optim.learning_rate(state.step, config.steps, config.optimizer)
     norm = update(named_leaves(state.model.params), gradients, state.optimizer, torch.tensor(lr, device=device))
     # One transfer a step: each would wait for the device.
@@ -156,9 +152,10 @@ def _check_finite(config: TrainConfig, text: Text, state: TrainState, values: di
     )
 
 
-def _validation(config: TrainConfig, text: Text, params: Parameters, loss: step.Loss) -> dict[str, float]:
+def _validation(config: TrainConfig, text: Text, state: TrainState, loss: step.Loss) -> dict[str, float]:
     if text.validation is None:
         return {}
+    params = step.working(state.model.params, config, state.model.config)
     device = params.embed_tokens.device
     batches = data.validation_batches(text.validation, config.output.validation_batches)
     nats = step.validate(loss, params, (_to(batch, device) for batch in batches))

@@ -13,9 +13,11 @@ from typing import Any, Literal, get_type_hints
 
 import tyro
 
+from q3n_functional.compiled import Mode
 from q3n_functional.config import PRESETS, Config
 from q3n_functional.generate import check_sampling
 from q3n_functional.optim import OptimizerConfig
+from q3n_functional.recompute import Recompute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +84,11 @@ class TrainConfig:
     """What is computed in; parameters and optimizer state are always float32."""
     device: str = "auto"
     """"auto" is cuda where there is one, else cpu."""
-    compile: bool = True
-    """Compile the step where there is a compiler."""
-    checkpoint_layers: bool = False
-    """Keep only each layer's input for the backward pass, and compute the layer again there."""
+    compile: Mode = "layers"
+    """Where there is a compiler: layers compiles each kind of layer once, model everything as one graph, none nothing."""
+    recompute: Recompute = "none"
+    """What a layer computes again in backward to save memory: none; full, all but its input; or selective, all but the
+    results of attention, delta rule, experts and matrix products."""
     z_loss_coef: float = 0.0
     data: DataConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

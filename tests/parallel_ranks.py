@@ -25,6 +25,7 @@ from q3n_functional import model, optim, packing, params
 from q3n_functional.config import Config
 from q3n_functional.parallel import collectives, mesh, placement, rules
 from q3n_functional.params import named_leaves
+from q3n_functional.recompute import Recompute
 from tests.configs import perturbed, slower, small, trainable
 
 ROWS, LENGTH, STEPS = 4, 32, 3
@@ -44,7 +45,7 @@ class Case(NamedTuple):
     packed: bool = True
     sequence: bool = True
     backend: str = ""
-    checkpoint: bool = False
+    recompute: Recompute = "none"
     mutation: str = ""
 
 
@@ -83,7 +84,7 @@ def rows_of(whole: Batch, count: int, index: int) -> Batch:
 def trained(config: Config, tree: params.Parameters, own: Batch, case: Case, parallel: Any = None) -> Outcome:
     def loss(tree: params.Parameters, tokens: Tensor, labels: Tensor, cu: Tensor | None) -> Any:
         documents = None if cu is None else packing.documents(cu, *tokens.shape)
-        options = {"z_loss_coef": 1e-3, "checkpoint_layers": case.checkpoint}
+        options = {"z_loss_coef": 1e-3, "recompute": case.recompute}
         return model.loss(tree, tokens, documents, labels, parallel=parallel, config=config, **options)
 
     if case.backend:

@@ -24,7 +24,7 @@ def arguments(folder: Path, *more: str, **model: object) -> list[str]:
         small(**{"vocab_size": 300, "num_hidden_layers": 2, "layer_types": LAYERS, **model}).to_json(shape)
     fixed = {"run": folder / "run", "preset": shape, "steps": 10, "batch_size": 2, "seq_len": 32, "data.source": source}
     options = [f"--{key}={value}" for key, value in fixed.items()]
-    return [*options, "--no-compile", "--optimizer.lr=0.01", "--optimizer.warmup-steps=2", *more]
+    return [*options, "--compile=none", "--optimizer.lr=0.01", "--optimizer.warmup-steps=2", *more]
 
 
 LAYERS = ("linear_attention", "full_attention")

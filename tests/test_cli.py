@@ -204,7 +204,7 @@ def test_train_then_generate_in_their_own_processes(tmp_path):
     assert trained.returncode == 0, trained.stderr
     assert trained.stdout.startswith("DUKE.")
     assert len(trained.stdout) > len("DUKE.") + 4
-    assert "running eagerly: compile is false" in trained.stderr
+    assert "running eagerly: compile is none" in trained.stderr
     assert "10/10" in trained.stderr
     assert f"model: {tmp_path}/run/step-10/model, curves: {tmp_path}/run/loss.png" in trained.stderr
     assert "validation: " in trained.stderr

@@ -97,7 +97,7 @@ def test_padded_rows():
 
 
 OPTIONS = {
-    "checkpointed layers": ("rows", {"checkpoint_layers": True, "config": trunk()}),
+    "recomputed layers": ("rows", {"recompute": "full", "config": trunk()}),
     "recurrent": (
         "packed",
         {

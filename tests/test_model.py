@@ -147,32 +147,6 @@ def test_recurrent_equals_chunked():
     assert_same(gradients(actual, tree), gradients(expected, tree), 1e-10)
 
 
-@pytest.mark.parametrize("changes", [{}, {"linear_attention_use_recurrent": True}])
-def test_checkpointed_layers_give_the_same_bits(changes):
-    config = config_of(**changes)
-    tree, tokens = tree_of(config, torch.float32), random_tokens(2, 30)
-    results = [loss(tree, tokens, config=config, checkpoint_layers=keep) for keep in (False, True)]
-    first, second = ([value, *parts, *gradients(value, tree).values()] for value, parts in results)
-    assert all(map(torch.equal, first, second))
-
-
-def test_checkpointed_layers_save_less():
-    config, sizes = config_of(num_nextn_predict_layers=0), []
-    tree, tokens = tree_of(config, torch.float32), random_tokens(1, 200)
-    own = {leaf.untyped_storage().data_ptr() for leaf in pytree.tree_leaves(tree)}
-    for keep in (False, True):
-        saved = {}
-
-        def note(tensor, saved=saved):
-            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            hidden_states(tree, tokens, config=config, checkpoint_layers=keep)
-        sizes.append(sum(size for pointer, size in saved.items() if pointer not in own))
-    assert sizes[1] < sizes[0] / 5
-
-
 def test_memory_of_linear_attention_grows_with_the_length_not_its_square():
     config, sizes = config_of(layer_types=(LINEAR, LINEAR), num_nextn_predict_layers=0), []
     tree = tree_of(config, torch.float32)

@@ -177,3 +177,35 @@ def test_a_state_of_another_model_is_refused():
         optim.from_tensors({**tensors, "momentum.nothing": torch.zeros(())}, like)
     with pytest.raises(ValueError, match=r"momentum\.norm is \[3\], not \[32\]"):
         optim.from_tensors({**tensors, "momentum.norm": torch.zeros(3)}, like)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_moments_in_bf16_are_the_fp32_ones_rounded(name):
+    # One update from equal states: whatever is wider than the rounding of what is stored is another update.
+    optimizer = OptimizerConfig(name=name, lr=1e-2, state_dtype="bfloat16")
+    groups, leaves, wanted = optim.groups(CONFIG, optimizer), tree(), tree()
+    narrow, wide = (optim.init(leaves, groups, dtype) for dtype in (torch.bfloat16, None))
+    for kind in ("momentum", "variance"):
+        for leaf, moment in getattr(narrow, kind).items():
+            moment.copy_(torch.rand(moment.shape, generator=torch.Generator().manual_seed(3)) * 1e-2)
+            getattr(wide, kind)[leaf].copy_(moment)
+    for state, moving in ((narrow, leaves), (wide, wanted)):
+        optim.update_(moving, gradients(0), state, torch.tensor(1e-2), groups=groups, optimizer=optimizer)
+    for leaf, p in leaves.items():
+        assert torch.equal(p, wanted[leaf]), leaf
+        assert narrow.momentum[leaf].dtype == torch.bfloat16
+        assert torch.equal(narrow.momentum[leaf], wide.momentum[leaf].bfloat16()), leaf
+    for leaf, moment in narrow.variance.items():
+        assert torch.equal(moment, wide.variance[leaf].bfloat16()), leaf
+
+
+def test_bf16_gradients_move_parameters_as_their_values_in_fp32_do():
+    optimizer, (ours, theirs) = OptimizerConfig(lr=1e-2, clip_norm=0.5), (tree(), tree())
+    groups, rounded = optim.groups(CONFIG, optimizer), {n: g.bfloat16() for n, g in gradients(0).items()}
+    norms = [
+        optim.update_(leaves, grads, optim.init(leaves, groups), torch.tensor(1e-2), groups=groups, optimizer=optimizer)
+        for leaves, grads in ((ours, rounded), (theirs, {n: g.float() for n, g in rounded.items()}))
+    ]
+    assert torch.equal(*norms)
+    assert norms[0].dtype == torch.float32
+    assert all(torch.equal(p, theirs[n]) for n, p in ours.items())

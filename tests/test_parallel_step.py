@@ -6,7 +6,7 @@ from tests.parallel_ranks import MUTATIONS, Case, launch
 
 TWO = [
     Case("dp=2"),
-    Case("dp=2", packed=False, checkpoint=True),
+    Case("dp=2", packed=False, recompute="selective"),
     Case("replicate=2"),
     Case("tp=2"),
     Case("tp=2", packed=False, sequence=False),
@@ -14,7 +14,7 @@ TWO = [
     Case("cp=2"),
     Case("cp=2", {"linear_attention_clip_val": 0.7}, packed=False),
     Case("ep=2"),
-    Case("ep=2", packed=False, checkpoint=True),
+    Case("ep=2", packed=False, recompute="full"),
 ]
 SHALLOW = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
 FOUR = [

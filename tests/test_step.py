@@ -81,28 +81,53 @@ def test_a_packed_batch_is_its_documents_one_by_one(tmp_path):
 def test_bf16_computes_in_bf16_over_fp32_masters(tmp_path):
     config, text, tree = documents_of(tmp_path, "--dtype=bfloat16")
     batches = [data.batch(text.training, 0, 0)]
-    gradients, total, _ = step.gradients(step.make_loss(config, config.model), tree, batches)
+    loss, copies = step.make_loss(config, config.model), step.working(tree, config, config.model)
+    gradients, total, _ = step.gradients(loss, copies, batches)
     full = documents_of(tmp_path)[0]
     _, expected, _ = step.gradients(step.make_loss(full, full.model), tree, batches)
     assert total.dtype == torch.float32
-    assert all(g.dtype == torch.float32 for g in gradients.values())
     assert 0 < abs(total - expected) < 0.05
+    wide = {name for name, leaf in params.named_specs(config.model).items() if leaf.dtype}
+    for name, gradient in gradients.items():
+        assert gradient.dtype == (torch.float32 if name in wide else torch.bfloat16), name
+    assert wide
+
+
+def test_bf16_gradients_of_micro_batches_are_summed_in_fp32(tmp_path):
+    config, text, tree = documents_of(tmp_path, "--dtype=bfloat16")
+    loss, copies = step.make_loss(config, config.model), step.working(tree, config, config.model)
+    batches = [data.batch(text.training, i, 0) for i in UNEVEN]
+    sums, _, _ = step.gradients(loss, copies, batches)
+    counts_a, counts_b = (step.count(batch) for batch in batches)
+    leaves = list(params.named_leaves(copies).values())
+    each = [torch.autograd.grad(loss(copies, *batch, counts_a + counts_b)[0], leaves) for batch in batches]
+    for (name, total), a, b in zip(sums.items(), *each, strict=True):
+        assert total.dtype == torch.float32, name
+        assert torch.equal(total, a.float() + b.float()), name
+
+
+def test_fp32_parameters_are_computed_with_as_they_are(tmp_path):
+    config, _, tree = documents_of(tmp_path)
+    copies = params.named_leaves(step.working(tree, config, config.model))
+    for name, leaf in params.named_leaves(tree).items():
+        assert copies[name].data_ptr() == leaf.data_ptr(), name
 
 
 def test_recomputed_layers_give_the_same_gradients(tmp_path):
     config, text, tree = documents_of(tmp_path)
-    recomputed = documents_of(tmp_path, "--checkpoint-layers")[0]
+    recomputed = documents_of(tmp_path, "--recompute=full")[0]
     batches = [data.batch(text.training, 0, 0)]
     ours, theirs = (step.gradients(step.make_loss(c, c.model), tree, batches)[0] for c in (recomputed, config))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_compiled_steps_and_validations_are_two_graphs_and_the_eager_numbers(tmp_path, monkeypatch):
+@pytest.mark.parametrize("mode", ["layers", "model"])
+def test_compiled_steps_and_validations_compile_nothing_twice_and_give_the_eager_numbers(tmp_path, monkeypatch, mode):
     source = documents_file(tmp_path)
     more = (
         f"--data.source={source}",
         "--accumulate=2",
-        "--checkpoint-layers",
+        "--recompute=selective",
         "--output.validate-every=4",
         "--steps=5",
     )
@@ -111,7 +136,7 @@ def test_compiled_steps_and_validations_are_two_graphs_and_the_eager_numbers(tmp
     monkeypatch.setattr(step, "missing_compiler", lambda device: None)
     torch.compiler.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
-        run(tmp_path, *more, "--compile")
+        run(tmp_path, *more, f"--compile={mode}")
     compiled, eager = (metrics.read(tmp_path / name / "metrics.jsonl") for name in ("run", "eager"))
     for ours, theirs in zip(compiled, eager, strict=True):
         assert ours.keys() == theirs.keys()
@@ -124,7 +149,7 @@ def test_without_a_compiler_it_says_so(monkeypatch, tmp_path, caplog):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.delenv("CC", raising=False)
     caplog.set_level(logging.INFO)
-    config = runs.config(tmp_path, "--compile")
+    config = runs.config(tmp_path, "--compile=layers")
     loss, _ = step.functions(config, config.model, torch.device("cpu"))
     assert not hasattr(loss, "_torchdynamo_orig_callable")
     assert "running eagerly: no compiler (g++ is not there; install one or set $CXX)" in caplog.text

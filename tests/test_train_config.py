@@ -53,12 +53,12 @@ def test_a_bad_option_ends_in_a_usage_message(capsys, option, message):
 def test_the_command_line_wins_over_the_file(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text(
-        'run = "r"\nsteps = 5\nbatch_size = 1\nseq_len = 8\ncompile = false\n'
+        'run = "r"\nsteps = 5\nbatch_size = 1\nseq_len = 8\ncompile = "none"\n'
         '[data]\nsource = "a.txt"\n[model]\nhidden_size = 64\nmlp_only_layers = [1, 2]\nnorm_topk_prob = false\n'
         "eos_token_id = 3\nintermediate_size = 8\n"
     )
     config = train_config.parse([str(path), "--steps", "7", "--model.hidden-size=32", "--optimizer.name=muon"])
-    assert (config.steps, config.model.hidden_size, config.compile) == (7, 32, False)
+    assert (config.steps, config.model.hidden_size, config.compile) == (7, 32, "none")
     assert config.model.mlp_only_layers == (1, 2)
     assert config.model.norm_topk_prob is False
     assert config.model.eos_token_id == 3

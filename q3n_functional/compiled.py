@@ -1,0 +1,93 @@
+"""Compiling a training loss: every kind of layer once, or the whole model as one graph.
+
+Static: the model's configuration, all shapes of parameters, the number of offsets in cu_seqlens, rows of a batch. The
+length of the rows is static too (code for one length is the fastest) unless `any_length` asks for one graph for all.
+Where documents lie and how many there are is data, for which nothing is ever compiled again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from q3n_functional import model
+from q3n_functional.model import Metrics, Stages
+from q3n_functional.params import DecoderLayer, LinearAttention, SwiGLU
+
+Mode = Literal["none", "layers", "model"]
+"""layers: a graph for each kind of layer and one for the loss behind them; model: one graph of everything."""
+
+# A function each: Dynamo keeps what it compiled by the code of the outermost function, and so none of these is ever
+# compiled a second time (in a model whose layers are one function, the second kind of layer is a recompilation).
+
+
+def linear_sparse(*arguments: Any, **options: Any) -> Any:
+    """A layer of linear attention and experts."""
+    return model.layer(*arguments, **options)
+
+
+def linear_dense(*arguments: Any, **options: Any) -> Any:
+    """A layer of linear attention and one SwiGLU."""
+    return model.layer(*arguments, **options)
+
+
+def full_sparse(*arguments: Any, **options: Any) -> Any:
+    """A layer of softmax attention and experts."""
+    return model.layer(*arguments, **options)
+
+
+def full_dense(*arguments: Any, **options: Any) -> Any:
+    """A layer of softmax attention and one SwiGLU."""
+    return model.layer(*arguments, **options)
+
+
+def stages(any_length: bool = False, **options: Any) -> Stages:
+    """The parts of `model.loss`, each compiled with `options` of torch.compile, as its `stages`.
+
+    A step is then one graph for each kind of layer, forward and backward, and one for what stands behind them.
+    """
+    compile_ = functools.partial(torch.compile, fullgraph=True, dynamic=False, **options)
+    kinds = {
+        (linear, dense): compile_(function)
+        for (linear, dense), function in zip(
+            ((True, False), (True, True), (False, False), (False, True)),
+            (linear_sparse, linear_dense, full_sparse, full_dense),
+            strict=True,
+        )
+    }
+    finish = compile_(model.finish)
+
+    def layer(p: DecoderLayer, x_BTD: Tensor, shared: Any, *rest: Any, **named: Any) -> Any:
+        if any_length:
+            mark_length((x_BTD, shared.cos_BTR, shared.sin_BTR, shared.valid_BT, shared.documents), x_BTD.shape[1])
+        return kinds[isinstance(p.mixer, LinearAttention), isinstance(p.mlp, SwiGLU)](p, x_BTD, shared, *rest, **named)
+
+    def finished(params: Any, x_BTD: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Metrics]:
+        if any_length:
+            mark_length((x_BTD, rest), x_BTD.shape[1])
+        result: tuple[Tensor, Metrics] = finish(params, x_BTD, *rest, **named)
+        return result
+
+    return Stages(layer, finished)
+
+
+def mark_length(tree: Any, length: int) -> None:
+    """Makes dim 1 of the tree's tensors, where it is the `length` of the rows, any size in what is compiled next."""
+    for leaf in pytree.tree_leaves(tree):
+        if isinstance(leaf, Tensor) and leaf.ndim > 1 and leaf.shape[1] == length:
+            torch._dynamo.mark_dynamic(leaf, 1)
+
+
+def compiled(loss: Callable[..., Any], mode: Mode, **options: Any) -> Callable[..., Any]:
+    """`loss`, a function that takes `stages` as `model.loss` does, compiled as `mode` says."""
+    if mode == "none":
+        return loss
+    if mode == "layers":
+        return functools.partial(loss, stages=stages(**options))
+    whole: Callable[..., Any] = torch.compile(loss, fullgraph=True, dynamic=False, **options)
+    return whole
