@@ -147,8 +147,8 @@ def test_options_of_train(capsys):
 --seed default: 0
 --dtype default: float32
 --device default: auto
---compile default: True
---checkpoint-layers default: False
+--compile default: layers
+--recompute default: none
 --z-loss-coef default: 0.0
 --data.source required
 --data.tokenizer default: bpe
@@ -165,6 +165,7 @@ def test_options_of_train(capsys):
 --optimizer.warmup-steps default: 100
 --optimizer.final-lr default: 0.1
 --optimizer.decay-fraction default: 0.2
+--optimizer.state-dtype default: float32
 --output.validate-every default: 100
 --output.validation-batches default: 100
 --output.save-every default: 1000
