@@ -164,8 +164,8 @@ def test_options_of_train(capsys):
 --optimizer.schedule default: cosine
 --optimizer.warmup-steps default: 100
 --optimizer.final-lr default: 0.1
---optimizer.decay-fraction default: 0.2
 --optimizer.state-dtype default: float32
+--optimizer.decay-fraction default: 0.2
 --output.validate-every default: 100
 --output.validation-batches default: 100
 --output.save-every default: 1000
