@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from q3n_functional.ops import sharding
 from q3n_functional.ops.registration import Impl, Outputs, check_documents, define, differentiable, gradient, wide
 
 
@@ -166,16 +167,15 @@ def _fake_backward(
     return x.new_empty(x.shape), weight.new_empty(weight.shape), dinitial
 
 
-_causal_conv_backward = gradient(
-    define(
-        "causal_conv_backward",
-        "(Tensor? dy, Tensor? dfinal_state, Tensor x, Tensor weight, Tensor? initial_state, Tensor? cu_seqlens, "
-        "str impl) -> (Tensor, Tensor, Tensor)",
-        reference=_backward,
-        fake=_fake_backward,
-        kernel="causal_conv:backward",
-    )
+_backward_op = define(
+    "causal_conv_backward",
+    "(Tensor? dy, Tensor? dfinal_state, Tensor x, Tensor weight, Tensor? initial_state, Tensor? cu_seqlens, "
+    "str impl) -> (Tensor, Tensor, Tensor)",
+    reference=_backward,
+    fake=_fake_backward,
+    kernel="causal_conv:backward",
 )
+_causal_conv_backward = gradient(_backward_op)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -191,15 +191,26 @@ def _backward_of_op(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> tuple
     return dx, dweight, None if tensors[2] is None else dinitial, None, None
 
 
-_causal_conv = differentiable(
-    define(
-        "causal_conv",
-        "(Tensor x, Tensor weight, Tensor? initial_state, Tensor? cu_seqlens, str impl) -> (Tensor, Tensor)",
-        reference=_forward,
-        fake=_fake_forward,
-        kernel="causal_conv:forward",
-    ),
-    _setup_context,
-    _backward_of_op,
-    rows=("x", "initial_state"),
+_forward_op = define(
+    "causal_conv",
+    "(Tensor x, Tensor weight, Tensor? initial_state, Tensor? cu_seqlens, str impl) -> (Tensor, Tensor)",
+    reference=_forward,
+    fake=_fake_forward,
+    kernel="causal_conv:forward",
+)
+_causal_conv = differentiable(_forward_op, _setup_context, _backward_of_op, rows=("x", "initial_state"))
+
+_SPLITS = (
+    sharding.Split({"x": 0, "initial_state": 0}, (0, 0), ("x",), documents=False),
+    sharding.Split({"x": 2, "weight": 0, "initial_state": 1}, (2, 1), ("x",)),
+)
+_INPUTS = ("x", "weight", "initial_state")
+sharding.register(_forward_op, _SPLITS)
+sharding.register(
+    _backward_op,
+    [
+        sharding.gradient_split(split, _INPUTS, {"dy": split.arguments["x"], "dfinal_state": split.outputs[1]})
+        for split in _SPLITS
+    ],
+    absent={2: "initial_state"},
 )

@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from q3n_functional.ops import reference_gated_delta_rule as reference
+from q3n_functional.ops import sharding
 from q3n_functional.ops.chunks import saved_shapes
 from q3n_functional.ops.registration import Impl, Outputs, check_documents, define, differentiable, gradient, wide
 
@@ -170,16 +171,15 @@ _chunked_op = define(
     fake=_fake_chunked,
     kernel="gated_delta_rule:forward",
 )
-_backward = gradient(
-    define(
-        "gated_delta_rule_backward",
-        f"(Tensor? do, Tensor? dfinal_state, {_TENSORS}, Tensor gates, Tensor inverse, {_SCALARS}, int chunk_size, "
-        "str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-        reference=reference.backward,
-        fake=_fake_backward,
-        kernel="gated_delta_rule:backward",
-    )
+_backward_op = define(
+    "gated_delta_rule_backward",
+    f"(Tensor? do, Tensor? dfinal_state, {_TENSORS}, Tensor gates, Tensor inverse, {_SCALARS}, int chunk_size, "
+    "str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.backward,
+    fake=_fake_backward,
+    kernel="gated_delta_rule:backward",
 )
+_backward = gradient(_backward_op)
 
 
 def _input_gradients(inputs: tuple[Tensor | None, ...], gradients: Outputs) -> tuple[Tensor | None, ...]:
@@ -218,15 +218,27 @@ def _recurrent_backward(ctx: Any, do: Tensor | None, dstate: Tensor | None) -> t
     return (*_input_gradients(tensors, gradients), None, None, None, None, None)
 
 
-_recurrent = differentiable(
-    define(
-        "recurrent_gated_delta_rule",
-        f"({_TENSORS}, {_SCALARS}, str impl) -> (Tensor, Tensor)",
-        reference=reference.recurrent,
-        fake=_fake_recurrent,
-        kernel="recurrent_gated_delta_rule:recurrent_forward",
+_recurrent_op = define(
+    "recurrent_gated_delta_rule",
+    f"({_TENSORS}, {_SCALARS}, str impl) -> (Tensor, Tensor)",
+    reference=reference.recurrent,
+    fake=_fake_recurrent,
+    kernel="recurrent_gated_delta_rule:recurrent_forward",
+)
+_recurrent = differentiable(_recurrent_op, _recurrent_context, _recurrent_backward, rows=_ROWS)
+
+_INPUTS = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state")
+_BY_ROWS = sharding.Split(dict.fromkeys(_ROWS, 0), (0, 0), ("q",), documents=False)
+_BY_HEADS = sharding.Split(
+    {**dict.fromkeys(_ROWS, 2), "A_log": 0, "dt_bias": 0, "initial_state": 1}, (2, 1), ("q", "v")
+)
+sharding.register(_recurrent_op, (_BY_ROWS, _BY_HEADS))
+sharding.register(_chunked_op, (_BY_ROWS._replace(outputs=(0, 0, 0, 0)), _BY_HEADS._replace(outputs=(2, 1, 1, 1))))
+sharding.register(
+    _backward_op,
+    (
+        sharding.gradient_split(_BY_ROWS, _INPUTS, {"do": 0, "dfinal_state": 0, "gates": 0, "inverse": 0}),
+        sharding.gradient_split(_BY_HEADS, _INPUTS, {"do": 2, "dfinal_state": 1, "gates": 1, "inverse": 1}),
     ),
-    _recurrent_context,
-    _recurrent_backward,
-    rows=_ROWS,
+    absent={5: "A_log", 6: "dt_bias", 7: "initial_state"},
 )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from q3n_functional.ops import sharding
 from q3n_functional.ops.registration import Impl, Outputs, define, differentiable, gradient, wide
 
 
@@ -76,15 +77,19 @@ def _backward_of_op(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     return (*_rms_norm_gated_backward(dy, *ctx.saved_tensors, ctx.eps, ctx.impl), None, None)
 
 
-_rms_norm_gated = differentiable(
-    define(
-        "rms_norm_gated",
-        "(Tensor x, Tensor gate, Tensor weight, float eps, str impl) -> Tensor",
-        reference=_forward,
-        fake=lambda x, gate, weight, eps: x.new_empty(x.shape),
-        kernel="rms_norm_gated:forward",
-    ),
-    _setup_context,
-    _backward_of_op,
-    rows=("x", "gate"),
+_forward_op = define(
+    "rms_norm_gated",
+    "(Tensor x, Tensor gate, Tensor weight, float eps, str impl) -> Tensor",
+    reference=_forward,
+    fake=lambda x, gate, weight, eps: x.new_empty(x.shape),
+    kernel="rms_norm_gated:forward",
+)
+_rms_norm_gated = differentiable(_forward_op, _setup_context, _backward_of_op, rows=("x", "gate"))
+
+# Any dim but the last, over which the mean goes.
+_SPLITS = [sharding.Split({"x": dim, "gate": dim}, (dim,), ("x",), behind=1) for dim in range(3)]
+sharding.register(_forward_op, _SPLITS)
+sharding.register(
+    _backward_op,
+    [sharding.gradient_split(split, ("x", "gate", "weight"), {"dy": split.arguments["x"]}) for split in _SPLITS],
 )
