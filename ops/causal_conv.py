@@ -200,17 +200,15 @@ _forward_op = define(
 )
 _causal_conv = differentiable(_forward_op, _setup_context, _backward_of_op, rows=("x", "initial_state"))
 
-_SPLITS = (
-    sharding.Split({"x": 0, "initial_state": 0}, (0, 0), ("x",), documents=False),
-    sharding.Split({"x": 2, "weight": 0, "initial_state": 1}, (2, 1), ("x",)),
-)
+_BY_ROWS = sharding.Split({"x": 0, "initial_state": 0}, (0, 0), ("x",), documents=False)
+_BY_CHANNELS = sharding.Split({"x": 2, "weight": 0, "initial_state": 1}, (2, 1), ("x",))
 _INPUTS = ("x", "weight", "initial_state")
-sharding.register(_forward_op, _SPLITS)
+sharding.register(_forward_op, (_BY_ROWS, _BY_CHANNELS))
 sharding.register(
     _backward_op,
-    [
-        sharding.gradient_split(split, _INPUTS, {"dy": split.arguments["x"], "dfinal_state": split.outputs[1]})
-        for split in _SPLITS
-    ],
+    (
+        sharding.gradient_split(_BY_ROWS, _INPUTS, {"dy": 0, "dfinal_state": 0}),
+        sharding.gradient_split(_BY_CHANNELS, _INPUTS, {"dy": 2, "dfinal_state": 1}),
+    ),
     absent={2: "initial_state"},
 )
