@@ -132,6 +132,6 @@ def check_batch(mesh: Mesh, config: Config, rows: int, length: int) -> None:
     taps = config.linear_conv_kernel_dim
     if mesh.cp > 1 and length // mesh.cp < taps - 1:
         raise ValueError(
-            f"mesh.cp is {mesh.cp}, which leaves a rank {length // mesh.cp} tokens of a row; the convolution of "
-            f"{taps} taps looks back on {taps - 1}: use a smaller cp or longer rows"
+            f"mesh.cp is {mesh.cp}, which leaves a rank {length // mesh.cp} tokens of a row; the convolution looks "
+            f"back on {taps - 1}: use a smaller cp"
         )

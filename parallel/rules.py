@@ -1,8 +1,8 @@
 """Which axis of the mesh cuts which axis of a parameter: one table, from the letters of `Spec.axes`.
 
 A letter that is not in the table is never cut by tp or ep. The shards that make FSDP are cut from the first dim that
-nothing else cuts and that divides evenly, so one dim is never cut twice and a strided shard cannot arise; a leaf
-without such a dim (a few numbers per head) is whole on every rank of that axis.
+nothing else cuts and that divides evenly, so one dim is never cut twice and a strided shard cannot arise. Vectors, too
+short to be worth a collective, and leaves without such a dim are whole on every rank of that axis.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def layout(leaf: Spec, mesh: Mesh, config: Config) -> Layout:
         if axis and not (letter == "G" and config.num_key_value_heads % mesh.tp):
             cut[axis] = dim
     taken = {dim for axis, dim in cut.items() if mesh.degree(axis) > 1}
-    free = [i for i, size in enumerate(leaf.shape) if i not in taken and size % mesh.fsdp == 0]
+    free = [i for i, size in enumerate(leaf.shape) if i not in taken and size % mesh.fsdp == 0 and len(leaf.shape) > 1]
     sizes = (mesh.replicate, mesh.fsdp, mesh.ep, mesh.tp)
     return Layout(leaf, sizes, free[0] if free else None, **cut)
 

@@ -3,7 +3,7 @@
   q3n train CONFIG.toml [--key value ...]   train as the TOML file says; options override its keys
   q3n generate FOLDER PROMPT [options]      continue a text
   q3n convert SOURCE TARGET [--dtype TYPE]  write a Hugging Face folder again, in another precision
-  q3n inspect MODEL                         the parameter tree of a folder, a config.json or a preset
+  q3n inspect MODEL [--mesh dp=2,tp=4]      the parameter tree of a folder, a config.json or a preset
 
 Each has its own --help. FOLDER is a Hugging Face folder, a checkpoint step-N, or a run with checkpoints.
 """
@@ -113,13 +113,15 @@ def convert(
     checkpoint.save(target, model.params, model.config, None if kind else model.dtypes, model.extras)
 
 
-def inspect(model: Annotated[str, arg(metavar="MODEL"), Positional]) -> None:
+def inspect(model: Annotated[str, arg(metavar="MODEL"), Positional], *, mesh: str = "") -> None:
     """Prints the parameter tree of MODEL with shapes, axes, counts and bytes; loads no weights.
 
     Args:
         model: a folder, a config.json, or a preset such as qwen3_next_80b_a3b.
+        mesh: degrees such as dp=2,tp=4 (also replicate, cp, ep): shows what each rank holds.
     """
     from q3n_functional.config import PRESETS, Config
+    from q3n_functional.parallel.mesh import parse
     from q3n_functional.summary import summary
     from q3n_functional.train_state import model_folder
 
@@ -130,7 +132,7 @@ def inspect(model: Annotated[str, arg(metavar="MODEL"), Positional]) -> None:
         config = Config.from_json(path if path.is_file() else model_folder(path) / "config.json")
     else:
         raise ValueError(f"{model} is neither a file, a folder nor one of the presets {', '.join(sorted(PRESETS))}")
-    print(summary(config))
+    print(summary(config, parse(mesh) if mesh else None))
 
 
 COMMANDS: dict[str, Callable[..., None]] = {"generate": generate, "convert": convert, "inspect": inspect}

@@ -115,8 +115,8 @@ def update_(
     """Clips the gradients by global norm and moves `params` and `state` in place; returns the norm before clipping.
 
     In place, because a second copy of a model rarely fits. `lr` is a scalar tensor, so that a compiled update serves
-    every step. All mappings are by parameter name. With `parallel` everything is the rank's shards, and the norm that of
-    the whole gradient; Muon, which needs whole matrices, then takes leaves that no rank has a part of.
+    every step. All mappings are by parameter name. With `parallel` everything is the rank's shards, and the
+    norm that of the whole gradient; Muon, which needs whole matrices, then takes leaves of which no rank has a part.
     """
     gradients = {name: g.to(params[name].dtype) for name, g in gradients.items()}
     norm = total_norm(gradients, parallel)

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 
 from q3n_functional.config import Config
+from q3n_functional.parallel.mesh import AXES, Mesh
+from q3n_functional.parallel.rules import Layout, named_layouts
 from q3n_functional.params import Spec, named_specs
 
+T = TypeVar("T")
 
-def summary(config: Config) -> str:
+
+def summary(config: Config, mesh: Mesh | None = None) -> str:
     """Every leaf with shape, axes, dtype, parameters and bytes, a line each; layers that are alike stand there once.
 
-    Counted as stored in bf16, but for the leaves that are always fp32.
+    Counted as stored in bf16, but for the leaves that are always fp32. With `mesh`, each rank's placement and bytes.
+
+    Raises:
+        ValueError: the model does not fit the mesh.
     """
+    if mesh is not None:
+        return _placements(config, mesh)
     specs = named_specs(config)
     head = _line("parameter", "shape", "axes", "dtype", "parameters", "bytes")
     return "\n".join([head, *_body(specs, config.num_hidden_layers), _total("total", specs.values())])
@@ -31,8 +41,8 @@ def _body(specs: Mapping[str, Spec], num_layers: int) -> Iterator[str]:
         yield from _section("mtp", prediction)
 
 
-def _under(specs: Mapping[str, Spec], prefix: str) -> dict[str, Spec]:
-    return {name.removeprefix(prefix): leaf for name, leaf in specs.items() if name.startswith(prefix)}
+def _under(leaves: Mapping[str, T], prefix: str) -> dict[str, T]:
+    return {name.removeprefix(prefix): leaf for name, leaf in leaves.items() if name.startswith(prefix)}
 
 
 def _section(title: str, leaves: Mapping[str, Spec], times: int = 1) -> Iterator[str]:
@@ -40,7 +50,39 @@ def _section(title: str, leaves: Mapping[str, Spec], times: int = 1) -> Iterator
     yield from (_leaf(f"  {name}", leaf) for name, leaf in leaves.items())
 
 
-def _alike(layers: list[dict[str, Spec]]) -> list[list[int]]:
+def _placements(config: Config, mesh: Mesh) -> str:
+    places = named_layouts(config, mesh)
+    lines = [_place("parameter", "placement", "shape per rank", "copies", "bytes per rank")]
+    outer = {name: where for name, where in places.items() if not name.startswith("layers.")}
+    lines += [_placed(name, outer[name]) for name in ("embed_tokens",)]
+    layers = [_under(places, f"layers.{number}.") for number in range(config.num_hidden_layers)]
+    for numbers in _alike(layers):
+        lines.append(f"layer{'s' * (len(numbers) > 1)} {_ranges(numbers)}")
+        lines += [_placed(f"  {name}", where) for name, where in layers[numbers[0]].items()]
+    lines += [_placed(name, where) for name, where in outer.items() if name != "embed_tokens"]
+    stored, trained = (_per_rank(places.values(), kind) for kind in (torch.bfloat16, torch.float32))
+    ranks = " x ".join(f"{axis} {mesh.degree(axis)}" for axis in AXES if mesh.degree(axis) > 1)
+    lines.append(f"{mesh.size} ranks: {ranks or 'one device'}")
+    lines.append(f"parameters per rank: {_bytes(stored)} in bf16")
+    # Training keeps fp32 parameters, gradients and two moments of AdamW.
+    lines.append(f"parameters, gradients and AdamW per rank: {_bytes(4 * trained)} in fp32")
+    return "\n".join(lines)
+
+
+def _placed(name: str, where: Layout) -> str:
+    size = _bytes(where.num_bytes(torch.bfloat16))
+    return _place(name, str(where), str(list(where.local_shape)), str(where.copies), size)
+
+
+def _place(name: str, where: str, shape: str, copies: str, size: str) -> str:
+    return f"{name:{_NAME}} {where:16} {shape:18} {copies:>6} {size:>14}"
+
+
+def _per_rank(places: Collection[Layout], dtype: torch.dtype) -> int:
+    return sum(where.num_bytes(dtype) for where in places)
+
+
+def _alike(layers: Sequence[Mapping[str, object]]) -> list[list[int]]:
     """The numbers of the layers with the same leaves, in the order of their first."""
     groups: dict[object, list[int]] = {}
     for number, leaves in enumerate(layers):

@@ -68,7 +68,7 @@ q3n: train, generate, convert and inspect Qwen3-Next models.
   q3n train CONFIG.toml [--key value ...]   train as the TOML file says; options override its keys
   q3n generate FOLDER PROMPT [options]      continue a text
   q3n convert SOURCE TARGET [--dtype TYPE]  write a Hugging Face folder again, in another precision
-  q3n inspect MODEL                         the parameter tree of a folder, a config.json or a preset
+  q3n inspect MODEL [--mesh dp=2,tp=4]      the parameter tree of a folder, a config.json or a preset
 
 Each has its own --help. FOLDER is a Hugging Face folder, a checkpoint step-N, or a run with checkpoints.
 
@@ -118,13 +118,14 @@ def test_help_of_inspect(capsys):
     assert_expected_inline(
         help_text(capsys, "inspect"),
         """\
-usage: q3n inspect [-h] MODEL
+usage: q3n inspect [-h] MODEL [--mesh STR]
 Prints the parameter tree of MODEL with shapes, axes, counts and bytes; loads no weights.
 positional arguments
 MODEL a folder, a config.json, or a preset such as qwen3_next_80b_a3b. (required)
 options
 -h,
---help show this help message and exit""",
+--help show this help message and exit
+--mesh STR degrees such as dp=2,tp=4 (also replicate, cp, ep): shows what each rank holds. (default: '')""",
     )
 
 
