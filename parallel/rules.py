@@ -66,7 +66,8 @@ class Layout:
     @property
     def copies(self) -> int:
         """How many ranks hold each number."""
-        return math.prod(size for size, dim in zip(self.sizes, self.dims, strict=True) if dim is None)
+        # A list: Dynamo multiplies no generators.
+        return math.prod([size for size, dim in zip(self.sizes, self.dims, strict=True) if dim is None])
 
     def num_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of one rank's shard, stored in `dtype` unless the leaf names its own."""

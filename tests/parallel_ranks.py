@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,10 +87,11 @@ def trained(config: Config, tree: params.Parameters, own: Batch, case: Case, par
         options = {"z_loss_coef": 1e-3, "recompute": case.recompute}
         return model.loss(tree, tokens, documents, labels, parallel=parallel, config=config, **options)
 
+    groups = optim.groups(config, OPTIMIZER)
+    update = partial(optim.update_, parallel=parallel, groups=groups, optimizer=OPTIMIZER)
     if case.backend:
         torch._dynamo.reset()
-        loss = torch.compile(loss, fullgraph=True, dynamic=False, backend=case.backend)
-    groups = optim.groups(config, OPTIMIZER)
+        loss, update = (torch.compile(f, fullgraph=True, dynamic=False, backend=case.backend) for f in (loss, update))
     leaves, numbers, first = named_leaves(tree), [], {}
     state = optim.init({name: p.detach() for name, p in leaves.items()}, groups)
     for _ in range(STEPS):
@@ -98,22 +99,22 @@ def trained(config: Config, tree: params.Parameters, own: Batch, case: Case, par
         new = dict(zip(leaves, torch.autograd.grad(value, list(leaves.values())), strict=True))
         first = first or {name: g.clone() for name, g in new.items()}
         views, lr = {name: p.detach() for name, p in leaves.items()}, torch.tensor(1e-2)
-        norm = optim.update_(views, new, state, lr, parallel, groups=groups, optimizer=OPTIMIZER)
+        norm = update(views, new, state, lr)
         numbers += [value.detach(), norm, *parts]
     return Outcome(numbers, first, {name: p.detach() for name, p in leaves.items()})
 
 
 @cache
-def reference(model_options: str, packed: bool) -> tuple[Config, params.Parameters, Outcome]:
+def reference(model_options: str, packed: bool, backend: str) -> tuple[Config, params.Parameters, Outcome]:
     options = json.loads(model_options)
     config = small(**{name: tuple(x) if isinstance(x, list) else x for name, x in options.items()})
     tree = slower(perturbed(config, dtype=torch.float64))
-    return config, tree, trained(config, trainable(tree), batch(config, packed), Case(""))
+    return config, tree, trained(config, trainable(tree), batch(config, packed), Case("", backend=backend))
 
 
 def error(case: Case) -> float:
     """The largest error of this rank, relative to the largest number of each tensor."""
-    config, tree, expected = reference(json.dumps(case.model), case.packed)
+    config, tree, expected = reference(json.dumps(case.model), case.packed, case.backend)
     layout = replace(mesh.parse(case.mesh), sequence=case.sequence)
     mesh.check_batch(layout, config, ROWS, LENGTH)
     where, at = rules.layouts(config, layout), layout.coordinates(dist.get_rank())
