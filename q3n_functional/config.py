@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -271,6 +272,27 @@ def tiny() -> Config:
     )
 
 
+def small() -> Config:
+    """100 M parameters, every kind of layer, at head sizes that the kernels are made for: minutes on one GPU."""
+    return dataclasses.replace(
+        tiny(),
+        vocab_size=4096,
+        hidden_size=512,
+        num_hidden_layers=8,
+        layer_types=tiny().layer_types * 2,
+        num_attention_heads=8,
+        head_dim=128,
+        linear_num_key_heads=4,
+        linear_num_value_heads=8,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        num_experts=32,
+        num_experts_per_tok=4,
+        moe_intermediate_size=192,
+        shared_expert_intermediate_size=192,
+    )
+
+
 def qwen3_next_80b_a3b() -> Config:
     """The published Qwen3-Next-80B-A3B, multi-token prediction included."""
     return Config.from_json(
@@ -286,4 +308,4 @@ def qwen3_next_80b_a3b() -> Config:
     )
 
 
-PRESETS: dict[str, Callable[[], Config]] = {"tiny": tiny, "qwen3_next_80b_a3b": qwen3_next_80b_a3b}
+PRESETS: dict[str, Callable[[], Config]] = {"tiny": tiny, "small": small, "qwen3_next_80b_a3b": qwen3_next_80b_a3b}

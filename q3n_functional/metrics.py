@@ -1,10 +1,9 @@
-"""What a run writes down: metrics.jsonl, TensorBoard events and loss.png; and what a step costs in arithmetic."""
+"""What a run writes down: metrics.jsonl, TensorBoard events and loss.png; and how fast it is."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
 from q3n_functional.config import Config
-from q3n_functional.params import named_specs
+from q3n_functional.flops import flops_per_token
 
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 """Dense bf16 tensor-core peak of a card, in operations a second, from its data sheet."""
@@ -71,28 +70,6 @@ def plot(run: Path) -> Path:
     path = run / "loss.png"
     figure.savefig(path, dpi=120)
     return path
-
-
-@lru_cache
-def flops_per_token(config: Config, seq_len: int) -> float:
-    """Multiplications and additions that a token costs in forward and backward, as MFU counts them.
-
-    Three times the forward pass, whose operations are: 2 for every weight that the token meets in a matrix product
-    (of the experts, the share that are chosen; the embedding is only looked up); 2 H K T for the scores and values of
-    an attention layer of H heads of K over the causal half of T = `seq_len` tokens; and 6 H K V for the decay-free part
-    of the delta rule's recurrence, which reads, writes and queries a state of K x V a head. Activation checkpointing
-    recomputes more, which MFU does not count.
-    """
-    specs = named_specs(config)
-    met = {name: leaf for name, leaf in specs.items() if len(leaf.axes) > 1 and name != "embed_tokens"}
-    share = config.num_experts_per_tok / max(config.num_experts, 1)
-    weights = sum(leaf.numel * (share if "E" in leaf.axes and len(leaf.axes) == 3 else 1.0) for leaf in met.values())
-    heads = config.vocab_size * config.hidden_size * (config.tie_word_embeddings + config.num_nextn_predict_layers)
-    full = config.layer_types.count("full_attention") + config.num_nextn_predict_layers
-    linear = config.layer_types.count("linear_attention")
-    attention = full * 2 * config.num_attention_heads * config.head_dim * seq_len
-    state = config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim
-    return 3.0 * (2 * (weights + heads) + attention + linear * 6 * state)
 
 
 def peak_flops(device: torch.device) -> float | None:

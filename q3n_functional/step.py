@@ -79,7 +79,7 @@ def make_loss(config: TrainConfig, shape: Config, parallel: Parallel | None = No
 
 
 def working(masters: Parameters, config: TrainConfig, shape: Config) -> Parameters:
-    """The parameters that a step computes with: leaves that take gradients, in `config.dtype` but for those always fp32.
+    """The parameters a step computes with: leaves that take gradients, in `config.dtype` but for those always fp32.
 
     Copies, made once a step, where that is not the masters' dtype; their gradients are then in it too, half as large.
     """

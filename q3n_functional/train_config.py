@@ -85,7 +85,7 @@ class TrainConfig:
     device: str = "auto"
     """"auto" is cuda where there is one, else cpu."""
     compile: Mode = "layers"
-    """Where there is a compiler: layers compiles each kind of layer once, model everything as one graph, none nothing."""
+    """Where there is a compiler: layers compiles each kind of layer once, model all as one graph, none nothing."""
     recompute: Recompute = "none"
     """What a layer computes again in backward to save memory: none; full, all but its input; or selective, all but the
     results of attention, delta rule, experts and matrix products."""

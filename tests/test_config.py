@@ -165,7 +165,7 @@ SCALED = {
 
 
 @pytest.mark.parametrize("rope_type", SCALED)
-@pytest.mark.parametrize("base", [tiny(), qwen3_next_80b_a3b()], ids=PRESETS)
+@pytest.mark.parametrize("base", [make() for make in PRESETS.values()], ids=PRESETS)
 def test_transformers_reads_every_field_as_we_do(base, rope_type):
     scaling = {k: v * (base.head_dim // 8) if isinstance(v, tuple) else v for k, v in SCALED[rope_type].items()}
     rope = RopeParameters(rope_theta=1e6, rope_type=rope_type, **scaling)

@@ -19,7 +19,7 @@ from q3n_functional import train_config
         ("steps = ", r"run\.toml is not TOML"),
         ("steps = 0", r"steps is 0, it must be at least 1"),
         ("[data]\nvalidation_fraction = 1.0", r"validation_fraction is 1\.0, it must be in \[0, 1\)"),
-        ("preset = 'huge'", r"preset is 'huge': neither a file nor one of qwen3_next_80b_a3b, tiny"),
+        ("preset = 'huge'", r"preset is 'huge': neither a file nor one of qwen3_next_80b_a3b, small, tiny"),
         ("seed = 4294967296", r"seed is 4294967296"),
         ("[optimizer]\nbeta2 = 1.0", r"optimizer\.beta2 is 1\.0, it must be in \[0, 1\)"),
         ("[optimizer]\nlr = nan", r"optimizer\.lr is nan, it must be at least 0"),
