@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 import pytest
 
 from q3n_functional import config_json
-from q3n_functional.config import PRESETS, Config, qwen3_next_80b_a3b, tiny
+from q3n_functional.config import PRESETS, Config, tiny
 from q3n_functional.rotary import RopeParameters
 
 transformers = pytest.importorskip("transformers")

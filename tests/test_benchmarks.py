@@ -1,0 +1,24 @@
+"""Benchmarks that can run at a small size do."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
+
+
+def test_training_step_measures_transformers_and_itself(tmp_path):
+    # Compiling would take longer than this file may: the others' names are checked by the parser alone.
+    command = [sys.executable, BENCHMARKS / "training_step.py", "--tiny", "--cases", "0", "--out", tmp_path]
+    command += ["--commit", "abc", "--only", "transformers", "q3n eager"]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    rows = json.loads((tmp_path / "training_step.json").read_text())
+    keys = {"benchmark", "case", "implementation", "metric", "value", "unit", "card", "commit", "versions"}
+    assert all(set(row) == keys for row in rows)
+    assert {row["case"] for row in rows} == {"4 layers 128 experts 2x4096"}
+    found = {(row["implementation"], row["metric"]): row["value"] for row in rows}
+    metrics = {"loss", "first_step_s", "step_ms", "with_optimizer_ms"}
+    assert set(found) == {(name, metric) for name in ("transformers", "q3n eager") for metric in metrics}
+    assert abs(found["transformers", "loss"] - found["q3n eager", "loss"]) < 0.1
