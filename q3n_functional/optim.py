@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from torch.optim.adamw import adamw
 
 from q3n_functional.config import Config
 from q3n_functional.parallel.placement import Parallel, total_norm
-from q3n_functional.params import Spec, named_specs
+from q3n_functional.parallel.rules import Layout
+from q3n_functional.params import Spec, named_leaves, named_specs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +117,9 @@ def update_(
 
     In place, because a second copy of a model rarely fits. `lr` is a scalar tensor, so that a compiled update serves
     every step. All mappings are by parameter name. With `parallel` everything is the rank's shards, and the
-    norm that of the whole gradient; Muon, which needs whole matrices, then takes leaves of which no rank has a part.
+    norm that of the whole gradient; ValueError where that leaves Muon with parts of matrices.
     """
+    _check_whole(groups.muon, parallel)
     gradients = {name: g.to(params[name].dtype) for name, g in gradients.items()}
     norm = total_norm(gradients, parallel)
     scale = (optimizer.clip_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -128,6 +130,19 @@ def update_(
         _muon_(params[name], clipped[name], state.momentum[name], lr, optimizer)
     state.step.add_(1)
     return norm
+
+
+def _check_whole(names: tuple[str, ...], parallel: Parallel | None) -> None:
+    if parallel is None or not names:
+        return
+    layouts = cast(dict[str, Layout], named_leaves(parallel.layouts))
+    for name in names:
+        local, whole = layouts[name].local_shape, layouts[name].spec.shape
+        if local[-2:] != whole[-2:]:
+            raise ValueError(
+                f"Muon needs whole matrices, but the mesh leaves each rank {tuple(local)} of {name} {tuple(whole)}: "
+                "use adamw, or a mesh without dp, cp and tp"
+            )
 
 
 def _adamw_(

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from torch.optim import AdamW, Muon
 
 from q3n_functional import optim, params
 from q3n_functional.optim import OptimizerConfig
+from q3n_functional.parallel import rules
+from q3n_functional.parallel.mesh import Mesh
 from tests.configs import small
 
 CONFIG = small(num_hidden_layers=2, layer_types=("linear_attention", "full_attention"), num_nextn_predict_layers=0)
@@ -209,3 +212,16 @@ def test_bf16_gradients_move_parameters_as_their_values_in_fp32_do():
     assert torch.equal(*norms)
     assert norms[0].dtype == torch.float32
     assert all(torch.equal(p, theirs[n]) for n, p in ours.items())
+
+
+def test_muon_refuses_parts_of_matrices():
+    """Stacked experts cut by expert stay whole matrices, rows shared out over dp do not."""
+    optimizer = OptimizerConfig(name="muon")
+    groups = optim.groups(CONFIG, optimizer)
+    for mesh, refused in ((Mesh(dp=2), True), (Mesh(tp=2), True), (Mesh(replicate=2), False)):
+        parallel = SimpleNamespace(layouts=rules.layouts(CONFIG, mesh))
+        if refused:
+            with pytest.raises(ValueError, match="Muon needs whole matrices"):
+                optim.update_({}, {}, None, torch.tensor(0.1), parallel, groups=groups, optimizer=optimizer)
+        else:
+            optim._check_whole(groups.muon, parallel)
