@@ -51,7 +51,7 @@ layers.0.mixer.dt_bias H [4] ones float32
 layers.0.mixer.norm K [12] ones float32
 layers.0.mixer.out DM [32, 48] normal
 layers.0.post_attention_layernorm D [32] zeros
-layers.0.mlp.router ED [8, 32] normal
+layers.0.mlp.router RD [8, 32] normal
 layers.0.mlp.experts.gate EFD [8, 16, 32] normal
 layers.0.mlp.experts.up EFD [8, 16, 32] normal
 layers.0.mlp.experts.down EDF [8, 32, 16] normal
@@ -68,7 +68,7 @@ layers.1.mixer.q_norm K [16] zeros
 layers.1.mixer.k_norm K [16] zeros
 layers.1.mixer.out DQ [32, 64] normal
 layers.1.post_attention_layernorm D [32] zeros
-layers.1.mlp.router ED [8, 32] normal
+layers.1.mlp.router RD [8, 32] normal
 layers.1.mlp.experts.gate EFD [8, 16, 32] normal
 layers.1.mlp.experts.up EFD [8, 16, 32] normal
 layers.1.mlp.experts.down EDF [8, 32, 16] normal
@@ -90,7 +90,7 @@ mtp.layer.mixer.q_norm K [16] zeros
 mtp.layer.mixer.k_norm K [16] zeros
 mtp.layer.mixer.out DQ [32, 64] normal
 mtp.layer.post_attention_layernorm D [32] zeros
-mtp.layer.mlp.router ED [8, 32] normal
+mtp.layer.mlp.router RD [8, 32] normal
 mtp.layer.mlp.experts.gate EFD [8, 16, 32] normal
 mtp.layer.mlp.experts.up EFD [8, 16, 32] normal
 mtp.layer.mlp.experts.down EDF [8, 32, 16] normal
@@ -169,6 +169,7 @@ def test_axes_match_shapes(dense):
     }
     # No two letters share a size, so that none can stand for another.
     assert len(set.union(*sizes.values())) == sum(len(each) for each in sizes.values())
+    sizes["R"] = sizes["E"]  # but for the router's scores, of which there are as many as experts
     for name, leaf in params.named_specs(c).items():
         assert all(size in sizes[axis] for size, axis in zip(leaf.shape, leaf.axes, strict=True)), name
 
