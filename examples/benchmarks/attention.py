@@ -14,18 +14,15 @@ values copied to all query heads; flex, FlexAttention compiled with a document m
 [T, T] mask.
 """
 
-import argparse
 import functools
-import json
 import random
 import time
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
+import report
 import torch
-import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -182,30 +179,18 @@ def limit() -> dict[str, float]:
     return {"tflops": 2 * 8192**3 / do_bench(lambda: a @ b, warmup=20, rep=100, return_mode="median") / 1e9}
 
 
-def found(case: str, implementation: str, run: Callable[[], dict[str, float]]) -> list[dict[str, Any]]:
-    """Rows of what `run` measures, printed too; a failure is a row with its text."""
+def found(case: str, implementation: str, run: Callable[[], dict[str, float]]) -> report.Rows:
+    """`report.measured`, with torch's deterministic algorithms for the implementation of that name."""
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.use_deterministic_algorithms(implementation == "deterministic")
     try:
-        values = run()
-    except Exception as error:
-        print(f"{case:18}{implementation:22}{error!r}"[:260], flush=True)
-        return [{"case": case, "implementation": implementation, "metric": "failure", "value": repr(error)}]
+        return report.measured(case, implementation, run)
     finally:
         torch.use_deterministic_algorithms(False)
-    print(f"{case:18}{implementation:22}" + "  ".join(f"{k} {v:.4g}" for k, v in values.items()), flush=True)
-    units = {"ms": "ms", "mib": "MiB", "tflops": "TFLOP/s", "s": "s"}
-    return [
-        {"case": case, "implementation": implementation, "metric": metric, "value": float(f"{value:.5g}"),
-         "unit": units.get(metric.split("_")[-1], "1")}
-        for metric, value in values.items()
-    ]  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--commit", default="")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser = report.parser(__doc__)
     parser.add_argument("--only", nargs="*", default=list(IMPLEMENTATIONS), choices=list(IMPLEMENTATIONS))
     options = parser.parse_args()
     chosen = {name: IMPLEMENTATIONS[name] for name in options.only}
@@ -216,14 +201,7 @@ def main() -> None:
         tensors = inputs(*shape[:2])
         for name, function in chosen.items():
             rows += found(case, name, lambda f=function, x=tensors, s=shape: measure(f, x, offsets(*s)))
-            torch.cuda.empty_cache()
-    where = {
-        "card": torch.cuda.get_device_name(), "commit": options.commit,
-        "versions": {"torch": torch.__version__, "triton": triton.__version__},
-    }  # fmt: skip
-    options.out.mkdir(parents=True, exist_ok=True)
-    rows = [{"benchmark": "attention", **row, **where} for row in rows]
-    (options.out / "attention.json").write_text(json.dumps(rows, indent=1) + "\n")
+    report.write(rows, "attention", options.commit, options.out)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ A peer that is not installed is left out. flash-linear-attention alone refuses b
 3.7.0: install TileLang beside it, and keep it from handing over to FlashQLA (FLA_FLASH_QLA=0, set here).
 """
 
-import argparse
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +20,8 @@ from typing import Any
 
 os.environ.setdefault("FLA_FLASH_QLA", "0")
 
+import report
 import torch
-import triton
 from torch import Tensor
 from torch.nn.functional import softplus
 from triton.testing import do_bench, do_bench_cudagraph
@@ -106,17 +104,17 @@ def leaves(tensors: list[Tensor]) -> list[Tensor]:
     return [x.detach().requires_grad_() for x in tensors]
 
 
-def errors(rule: Rule, tensors: list[Tensor], exact: Rule) -> dict[str, tuple[float, str]]:
+def errors(rule: Rule, tensors: list[Tensor], exact: Rule) -> dict[str, float]:
     do = torch.randn_like(tensors[2])
     wanted = gradients(exact, leaves([x.double() for x in tensors]), do.double(), None)
     found = gradients(rule, leaves(tensors), do, None)
     return {
-        f"error_{name}": (float((x.detach().double() - y.detach()).norm() / y.detach().norm()), "1")
+        f"error_{name}": float((x.detach().double() - y.detach()).norm() / y.detach().norm())
         for name, x, y in zip(NAMES, found, wanted, strict=True)
     }
 
 
-def measure(rule: Rule, tensors: list[Tensor], cu: Tensor | None) -> dict[str, tuple[float, str]]:
+def measure(rule: Rule, tensors: list[Tensor], cu: Tensor | None) -> dict[str, float]:
     tensors = leaves(tensors)
     do = torch.randn_like(tensors[2])
     gradients(rule, tensors, do, cu)
@@ -130,13 +128,10 @@ def measure(rule: Rule, tensors: list[Tensor], cu: Tensor | None) -> dict[str, t
     with torch.no_grad():
         forward = do_bench(lambda: rule(*tensors, cu=cu), warmup=20, rep=80, return_mode="median")
     both = do_bench(lambda: gradients(rule, tensors, do, cu), warmup=20, rep=120, return_mode="median")
-    return {
-        "fwd_ms": (forward, "ms"), "fwd_bwd_ms": (both, "ms"), "peak_mib": (peak / 2**20, "MiB"),
-        "saved_mib": (saved / 2**20, "MiB"),
-    }  # fmt: skip
+    return {"fwd_ms": forward, "fwd_bwd_ms": both, "peak_mib": peak / 2**20, "saved_mib": saved / 2**20}
 
 
-def measure_decoding(batch: int) -> dict[str, tuple[float, str]]:
+def measure_decoding(batch: int) -> dict[str, float]:
     """A token a sequence, in a CUDA graph, over so many states that none is in the cache."""
     tensors, gates, _ = raw_inputs(batch, 1, 16, 32, 0)
     options: dict[str, Any] = {"qk_l2norm": True, "A_log": gates[0], "dt_bias": gates[1], "beta_scale": 1.0}
@@ -144,32 +139,29 @@ def measure_decoding(batch: int) -> dict[str, tuple[float, str]]:
     run = lambda: [recurrent_gated_delta_rule(*tensors, state, **options, impl="triton") for state in states]  # noqa: E731
     with torch.no_grad():
         ms = do_bench_cudagraph(run, rep=50, return_mode="median") / len(states)
-    return {"ms": (ms, "ms"), "gb_per_s": (2 * states[0].nbytes / ms / 1e6, "GB/s")}
+    return {"ms": ms, "gb_per_s": 2 * states[0].nbytes / ms / 1e6}
 
 
-def case_rows(case: str, peers: dict[str, Rule]) -> list[tuple[str, str, dict[str, tuple[float, str]]]]:
-    tensors, gates, cu = raw_inputs(*CASES[case])
-    rows = [("q3n", case, measure(ours(gates), tensors, cu))]
-    tensors = activated(tensors, gates)
+def case_rows(case: str, peers: dict[str, Rule]) -> report.Rows:
+    raw, gates, cu = raw_inputs(*CASES[case])
+    rows = report.measured(case, "q3n", lambda: measure(ours(gates), raw, cu))
+    tensors, offsets = activated(raw, gates), None if cu is None else cu.long()
     for name, rule in peers.items():
-        try:
-            rows.append((name, case, measure(rule, tensors, None if cu is None else cu.long())))
-        except Exception as error:  # a peer's limits are its own: the row is missing, the reason printed
-            print(f"{name} {case}: {type(error).__name__}: {str(error)[:200]}")
-        torch.cuda.empty_cache()
+        rows += report.measured(case, name, lambda rule=rule: measure(rule, tensors, offsets))
     return rows
 
 
-def error_rows(peers: dict[str, Rule]) -> list[tuple[str, str, dict[str, tuple[float, str]]]]:
-    tensors, gates, _ = raw_inputs(2, 256, 16, 32, 0)
-    exact: Rule = lambda *raw, cu: recurrence(*activated(list(raw), gates))  # noqa: E731
-    rows = [("q3n", "2x256 16/32", errors(ours(gates), tensors, exact))]
+def error_rows(peers: dict[str, Rule]) -> report.Rows:
+    raw, gates, _ = raw_inputs(2, 256, 16, 32, 0)
+    exact: Rule = lambda *tensors, cu: recurrence(*activated(list(tensors), gates))  # noqa: E731
+    rows = report.measured("2x256 16/32", "q3n", lambda: errors(ours(gates), raw, exact))
+    tensors = activated(raw, gates)
     for name, rule in peers.items():
-        rows.append((name, "2x256 16/32", errors(rule, activated(tensors, gates), recurrence)))
+        rows += report.measured("2x256 16/32", name, lambda rule=rule: errors(rule, tensors, recurrence))
     return rows
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
+def draw(rows: report.Rows, path: Path) -> None:
     try:
         import matplotlib
     except ImportError:
@@ -195,35 +187,19 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = report.parser(__doc__)
     parser.add_argument("--peers", default="flash_qla,fla", help="of flash_qla, fla; empty for none")
     parser.add_argument("--cases", default="", help="numbers of the cases, all where empty")
-    parser.add_argument("--commit", default="")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     peers = {name: rule for name in filter(None, options.peers.split(",")) if (rule := load_peer(name))}
     cases = [list(CASES)[int(n)] for n in options.cases.split(",")] if options.cases else list(CASES)
-    rows: list[dict[str, Any]] = []
-
-    def keep(implementation: str, case: str, found: dict[str, tuple[float, str]]) -> None:
-        print(
-            f"{case:26s}{implementation:10s}" + "".join(f" {name} {x:.4g}" for name, (x, _) in found.items()),
-            flush=True,
-        )
-        for metric, (value, unit) in found.items():
-            rows.append({
-                "benchmark": "gated_delta_rule", "case": case, "implementation": implementation, "metric": metric,
-                "value": float(f"{value:.5g}"), "unit": unit, "card": torch.cuda.get_device_name(),
-                "commit": options.commit, "versions": {"torch": torch.__version__, "triton": triton.__version__},
-            })  # fmt: skip
-
-    options.out.mkdir(parents=True, exist_ok=True)
-    steps = [lambda: error_rows(peers), *(lambda case=case: case_rows(case, peers) for case in cases)]
-    steps.append(lambda: [("q3n", f"decode {batch}", measure_decoding(batch)) for batch in (1, 32, 128)])
-    for step in steps:
-        for row in step():
-            keep(*row)
-        (options.out / "gated_delta_rule.json").write_text(json.dumps(rows, indent=1) + "\n")
+    rows = error_rows(peers)
+    for case in cases:
+        rows += case_rows(case, peers)
+        report.write(rows, "gated_delta_rule", options.commit, options.out)  # a peer may take minutes for a shape
+    for batch in (1, 32, 128):
+        rows += report.measured(f"decode {batch}", "q3n", lambda batch=batch: measure_decoding(batch))
+    report.write(rows, "gated_delta_rule", options.commit, options.out)
     draw(rows, options.out / "gated_delta_rule.png")
 
 

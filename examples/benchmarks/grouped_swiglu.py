@@ -11,15 +11,12 @@ FLOPs, or for decoding the bytes of the chosen experts at the rate of a copy. Pe
 allocate, gradients included; the error is against float64, over 64 tokens.
 """
 
-import argparse
 import functools
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import report
 import torch
-import triton
 from torch import Tensor
 from torch.nn.functional import grouped_mm, silu
 from triton.testing import do_bench, do_bench_cudagraph
@@ -138,47 +135,23 @@ def case_rows(case: str) -> list[dict[str, Any]]:
     turns = [routing(tokens, experts, seed) for seed in range(8)]
     for name, function in IMPLEMENTATIONS.items():
         if case in CASES:
-            rows += found(case, name, lambda f=function: measure(f, tensors))
+            rows += report.measured(case, name, lambda f=function: measure(f, tensors))
         elif name != "loop":  # which waits for the device, so that no graph can hold it
-            rows += found(case, name, lambda f=function: measure_decoding(f, tensors, turns))
-    rows += found(case, "limit", lambda: measure_dense(tokens) if case in CASES else measure_bytes(turns))
+            rows += report.measured(case, name, lambda f=function: measure_decoding(f, tensors, turns))
+    rows += report.measured(case, "limit", lambda: measure_dense(tokens) if case in CASES else measure_bytes(turns))
     return rows
 
 
-def found(case: str, implementation: str, run: Callable[[], dict[str, float]]) -> list[dict[str, Any]]:
-    """Rows of what `run` measures, printed too; a failure is a row with its text."""
-    try:
-        values = run()
-    except Exception as error:
-        print(f"{case:12}{implementation:12}{error!r}"[:300], flush=True)
-        return [{"case": case, "implementation": implementation, "metric": "failure", "value": repr(error)}]
-    print(f"{case:12}{implementation:12}" + "  ".join(f"{k} {v:.4g}" for k, v in values.items()), flush=True)
-    units = {"ms": "ms", "mib": "MiB", "tflops": "TFLOP/s"}
-    return [
-        {"case": case, "implementation": implementation, "metric": metric, "value": float(f"{value:.5g}"),
-         "unit": units.get(metric.split("_")[-1], "1")}
-        for metric, value in values.items()
-    ]  # fmt: skip
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--commit", default="")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser = report.parser(__doc__)
     options = parser.parse_args()
     rows = []
     for name, function in IMPLEMENTATIONS.items():
-        rows += found("64 16", name, lambda f=function: errors(f))
+        rows += report.measured("64 16", name, lambda f=function: errors(f))
     for case in CASES | DECODE:
         rows += case_rows(case)
         torch.cuda.empty_cache()
-    where = {
-        "card": torch.cuda.get_device_name(), "commit": options.commit,
-        "versions": {"torch": torch.__version__, "triton": triton.__version__},
-    }  # fmt: skip
-    options.out.mkdir(parents=True, exist_ok=True)
-    rows = [{"benchmark": "grouped_swiglu", **row, **where} for row in rows]
-    (options.out / "grouped_swiglu.json").write_text(json.dumps(rows, indent=1) + "\n")
+    report.write(rows, "grouped_swiglu", options.commit, options.out)
 
 
 if __name__ == "__main__":

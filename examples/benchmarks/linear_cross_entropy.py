@@ -10,14 +10,10 @@ with the head. Peak is what forward plus backward allocate, gradients included. 
 the same bf16 inputs, over 512 tokens.
 """
 
-import argparse
-import json
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
+import report
 import torch
-import triton
 from torch import Tensor
 from torch.nn import functional
 from triton.testing import do_bench
@@ -95,42 +91,17 @@ def limit(tokens: int) -> dict[str, float]:
     return {"fwd_ms": forward, "fwd_bwd_ms": 3 * forward, "tflops": rate / 1e9}
 
 
-def found(case: str, implementation: str, run: Callable[[], dict[str, float]]) -> list[dict[str, Any]]:
-    """Rows of what `run` measures, printed too; a failure is a row with its text."""
-    torch.cuda.empty_cache()
-    try:
-        values = run()
-    except Exception as error:
-        print(f"{case:12}{implementation:12}{error!r}"[:300], flush=True)
-        return [{"case": case, "implementation": implementation, "metric": "failure", "value": repr(error)}]
-    print(f"{case:12}{implementation:12}" + "  ".join(f"{k} {v:.4g}" for k, v in values.items()), flush=True)
-    units = {"ms": "ms", "mib": "MiB", "tflops": "TFLOP/s"}
-    return [
-        {"case": case, "implementation": implementation, "metric": metric, "value": float(f"{value:.5g}"),
-         "unit": units.get(metric.split("_")[-1], "1")}
-        for metric, value in values.items()
-    ]  # fmt: skip
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--commit", default="")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser = report.parser(__doc__)
     options = parser.parse_args()
     rows = []
     for name, function in IMPLEMENTATIONS.items():
-        rows += found("512", name, lambda f=function: errors(f))
+        rows += report.measured("512", name, lambda f=function: errors(f))
     for tokens in (8192, 32768):
-        rows += found(str(tokens), "limit", lambda n=tokens: limit(n))
+        rows += report.measured(str(tokens), "limit", lambda n=tokens: limit(n))
         for name, function in IMPLEMENTATIONS.items():
-            rows += found(str(tokens), name, lambda f=function, n=tokens: measure(f, n))
-    where = {
-        "card": torch.cuda.get_device_name(), "commit": options.commit,
-        "versions": {"torch": torch.__version__, "triton": triton.__version__},
-    }  # fmt: skip
-    options.out.mkdir(parents=True, exist_ok=True)
-    rows = [{"benchmark": "linear_cross_entropy", **row, **where} for row in rows]
-    (options.out / "linear_cross_entropy.json").write_text(json.dumps(rows, indent=1) + "\n")
+            rows += report.measured(str(tokens), name, lambda f=function, n=tokens: measure(f, n))
+    report.write(rows, "linear_cross_entropy", options.commit, options.out)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,50 @@
+"""What the benchmarks print and keep: rows in long form, a file each, one run's rows replacing the last run's."""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+UNITS = {"gb_per_s": "GB/s", "ms": "ms", "mib": "MiB", "s": "s", "tflops": "TFLOP/s"}
+"""By a metric's name, or the part of it behind the last underscore."""
+Rows = list[dict[str, Any]]
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """Of the options that all have."""
+    found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--commit", default="")
+    found.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    return found
+
+
+def measured(case: str, implementation: str, run: Callable[[], dict[str, float]]) -> Rows:
+    """Rows of what `run` measures, printed too; a failure is a row with its text."""
+    torch.cuda.empty_cache()
+    head = {"case": case, "implementation": implementation}
+    try:
+        values = run()
+    except Exception as error:
+        print(f"{case:26}{implementation:22}{error!r}"[:300], flush=True)
+        return [{**head, "metric": "failure", "value": repr(error)}]
+    print(f"{case:26}{implementation:22}" + "  ".join(f"{k} {v:.4g}" for k, v in values.items()), flush=True)
+    return [
+        {**head, "metric": metric, "value": float(f"{value:.5g}"),
+         "unit": UNITS.get(metric, UNITS.get(metric.split("_")[-1], "1"))}
+        for metric, value in values.items()
+    ]  # fmt: skip
+
+
+def write(rows: Rows, benchmark: str, commit: str, out: Path) -> None:
+    """Write `out`/BENCHMARK.json."""
+    where = {
+        "card": torch.cuda.get_device_name(), "commit": commit,
+        "versions": {"torch": torch.__version__, "triton": triton.__version__},
+    }  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps([{"benchmark": benchmark, **row, **where} for row in rows], indent=1)
+    (out / f"{benchmark}.json").write_text(text + "\n")
