@@ -142,21 +142,6 @@ def resize(cache: Cache, capacity: int) -> Cache:
     return Cache(tuple(layers), cache.lengths_B)
 
 
-def unpacked(state: State, cu_seqlens: Tensor, capacity: int) -> State:
-    """Keys and values of packed tokens [1, T, G, K] as rows of a cache [N, capacity, G, K]; other states unchanged."""
-    if not isinstance(state, KeyValues):
-        return state
-    offsets_S = torch.arange(capacity, device=cu_seqlens.device)
-    last = state.k.shape[0] * state.k.shape[1] - 1
-    tokens_NS = (cu_seqlens[:-1, None] + offsets_S).clamp(max=last)
-    return KeyValues(*(x.flatten(0, 1)[tokens_NS] for x in state))
-
-
-def num_bytes(tree: object) -> int:
-    """Bytes of all leaves."""
-    return sum(leaf.numel() * leaf.element_size() for leaf in pytree.tree_leaves(tree))
-
-
 def _map(function: Callable[..., Tensor], *trees: Tree) -> Tree:
     return cast(Tree, pytree.tree_map(function, *trees))
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from q3n_functional import cache as caches
 from q3n_functional import layers
 from q3n_functional.cache import Cache, State, Tentative
 from q3n_functional.config import Config
@@ -91,19 +90,6 @@ def hidden_states(
     h_BTD, statistics, states = _through_layers(params, tokens_BT, shared, cache, config)
     new_cache = None if cache is None else _continued(cache, states, tokens_BT, documents, tentative)
     return h_BTD, _pooled(statistics, h_BTD, config), new_cache
-
-
-def prefill(
-    params: Parameters, tokens_BT: Tensor, documents: Documents, capacity: int, *, config: Config
-) -> tuple[Tensor, Cache]:
-    """Hidden states [B, T, D] of packed prompts, and the cache of all N of them with room for `capacity` tokens each.
-
-    The same as `hidden_states` with an empty cache; but attention reads the packed tokens alone, not N rows of a cache.
-    """
-    shared = _context(tokens_BT, documents, None, config, False)
-    h_BTD, _, states = _through_layers(params, tokens_BT, shared, None, config)
-    lengths_N = documents.cu_seqlens.diff()
-    return h_BTD, Cache(tuple(caches.unpacked(s, documents.cu_seqlens, capacity) for s in states), lengths_N)
 
 
 def _through_layers(

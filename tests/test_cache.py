@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from q3n_functional import cache as caches
 from q3n_functional.cache import KeyValues
-from q3n_functional.model import accept, forward, forward_cached, head, hidden_states, prefill
+from q3n_functional.model import accept, forward, forward_cached, head, hidden_states
 from q3n_functional.packing import documents
 from tests.configs import perturbed, slower, small
 
@@ -111,7 +111,7 @@ def test_packed_prompts_become_rows():
     config = config_of(num_hidden_layers=3, layer_types=(LINEAR, FULL, LINEAR))
     tree, prompts = tree_of(config), [random_tokens(n, seed=n) for n in (3, 0, 14, 1, 6)]
     tokens, docs = packed(prompts, 31)
-    h_BTD, cache = prefill(tree, tokens, docs, 14, config=config)
+    h_BTD, _, cache = hidden_states(tree, tokens, docs, empty(config, 5, 14), config=config)
     assert cache.lengths_B.tolist() == [3, 0, 14, 1, 6]
     logits = h_BTD[0] @ head(tree).mT
     for row, (prompt, end) in enumerate(zip(prompts, docs.cu_seqlens[1:], strict=True)):
@@ -204,7 +204,7 @@ def test_states_in_bf16_take_half_the_memory():
         assert [x.dtype for x in pytree.tree_leaves(after)] == [x.dtype for x in pytree.tree_leaves(before)]
         assert after.layers[0].recurrent.dtype == dtype
     assert_near(logits[torch.bfloat16].float(), logits[torch.float32].float(), 0.1)
-    sizes = [caches.num_bytes(empty(config, recurrent_dtype=d).layers[0].recurrent) for d in logits]
+    sizes = [empty(config, recurrent_dtype=d).layers[0].recurrent.nbytes for d in logits]
     assert sizes[0] == 2 * sizes[1]
 
 
