@@ -132,6 +132,21 @@ def place(tree: Tree, rows: Tensor, other: Tree) -> Tree:
     return _map(lambda leaf, new: leaf.index_copy(0, rows, new), tree, other)
 
 
+def chosen(rows_B: Tensor, new: Cache, old: Cache) -> Cache:
+    """The sequences of `new`, which went on from `old`, where `rows_B` (bool) says so, and those of `old` elsewhere."""
+
+    def one(now: State, before: State) -> State:
+        # Keys and values behind a sequence's length are not read: nothing has to be taken back.
+        return now if isinstance(now, KeyValues) else _map(lambda a, b: _where(rows_B, a, b), now, before)
+
+    layers = tuple(one(*states) for states in zip(new.layers, old.layers, strict=True))
+    return Cache(layers, _where(rows_B, new.lengths_B, old.lengths_B))
+
+
+def _where(rows_B: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    return torch.where(rows_B.view(-1, *[1] * (new.ndim - 1)), new, old)
+
+
 def resize(cache: Cache, capacity: int) -> Cache:
     """The same sequences with room for `capacity` tokens each; those in the cache must fit."""
 

@@ -15,27 +15,61 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import tyro
 from tyro.conf import Positional, arg
+
+if TYPE_CHECKING:
+    from q3n_functional.parallel.launch import World
 
 # Commands import what they need: help and usage errors then come without the second that torch takes to load.
 
 
 def train(arguments: Sequence[str]) -> None:
-    """Runs `q3n train`; exits with 128 + N where signal N ended it, after saving."""
+    """Runs `q3n train`, on one rank of a mesh under torchrun; exits with 128 + N where signal N ended it, after saving.
+
+    Errors of a rank go to the terminal with its number, and to torchrun's report of the first that failed.
+    """
+    from q3n_functional.parallel.launch import world
     from q3n_functional.train import Stopped
     from q3n_functional.train import train as run
     from q3n_functional.train_config import parse
 
+    where = world()
+    if not where.lead:
+        logging.basicConfig(level=logging.WARNING, format=f"[rank {where.rank}] %(message)s", force=True)
     try:
         run(parse(arguments))
     except Stopped as stopped:
         logging.info("%s", stopped)
         sys.exit(128 + stopped.number)
+    except Exception as error:
+        if where.size == 1:
+            raise
+        _end_rank(error, where)
+    if where.size > 1:
+        sys.stdout.flush()
+        # Threads of gloo may outlive its groups, and now and then abort a process that goes down around them.
+        os._exit(0)
+
+
+def _end_rank(error: Exception, where: World) -> NoReturn:
+    """Says what ended this rank of several, and exits: with 2 for a user's mistake."""
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    from q3n_functional.parallel.launch import LostRankError, told_by
+
+    lost, mistake = isinstance(error, LostRankError), isinstance(error, MISTAKES)
+    if not lost:  # that is another's failure, which torchrun is to report
+        get_error_handler().record_exception(error)
+    if told_by(error, where):
+        text = str(error) if lost or mistake else "".join(traceback.format_exception(error))
+        print(f"q3n: rank {where.rank}: {text}", file=sys.stderr)
+    sys.exit(2 if mistake else 1)
 
 
 def profile(arguments: Sequence[str]) -> None:
@@ -54,8 +88,15 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    logit_bias: dict[int, float] = {},  # noqa: B006  # tyro's default
     seed: int = 0,
     stop: tuple[str, ...] = (),
+    chunk_length: int = 4096,
+    compile: bool = False,
     device: str = "auto",
 ) -> None:
     """Continues PROMPT with the model in FOLDER, and prints the text as it is written.
@@ -67,15 +108,27 @@ def generate(
         temperature: 0 takes the likeliest token each time.
         top_k: draw among this many likeliest tokens; 0 for all.
         top_p: draw among the fewest likeliest tokens with this much probability together.
+        min_p: draw among the tokens with at least this share of the likeliest one's probability.
+        repetition_penalty: divides the logits of tokens in prompt and text; 1 for none.
+        presence_penalty: lowers the logits of tokens in the text.
+        frequency_penalty: lowers the logits of tokens in the text each time they are there.
+        logit_bias: token ids and what is added to their logits, in pairs.
         seed: the same seed writes the same text.
         stop: texts that end the writing and are not printed.
+        chunk_length: tokens of the prompt that are read at once, which bounds the memory.
+        compile: compile the step first, which pays for long texts on cuda.
         device: "auto" is cuda where there is one, else cpu.
     """
     from q3n_functional import checkpoint, tokenizer
     from q3n_functional.generate import generate as write
+    from q3n_functional.sampling import Options
     from q3n_functional.step import pick_device
     from q3n_functional.train_state import model_folder
 
+    options = Options(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, logit_bias=logit_bias, seed=seed,
+    )  # fmt: skip
     found = model_folder(folder)
     words = tokenizer.read(found / "tokenizer.json")
     model = checkpoint.load(found, device=pick_device(device))
@@ -85,10 +138,9 @@ def generate(
         tokenizer.encode(words, [prompt])[0],
         config=model.config,
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
+        options=options,
+        chunk_length=chunk_length,
+        compile=compile,
         stop_tokens=(end,) if isinstance(end, int) else end or (),
     )
     print(prompt, end="")
@@ -144,6 +196,9 @@ def inspect(model: Annotated[str, arg(metavar="MODEL"), Positional], *, mesh: st
     print(summary(config, parse(mesh) if mesh else None))
 
 
+MISTAKES = (ValueError, FileNotFoundError, FloatingPointError)
+"""Of the user: they end in one line rather than a traceback."""
+
 COMMANDS: dict[str, Callable[..., None]] = {"generate": generate, "convert": convert, "inspect": inspect}
 
 
@@ -156,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         _run(name, rest)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except MISTAKES as error:
         print(f"q3n: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -1,66 +1,88 @@
-"""Writing text: prefill, one token at a time with an explicit cache, and sampling.
+"""Text behind a prompt: the prompt is read in pieces, then tokens are drawn one by one or by speculation.
 
-Letters: B batch, T time, V vocabulary.
+Letters: B sequences, T tokens of a packed stream, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from q3n_functional import cache as caches
+from q3n_functional import decode
 from q3n_functional.cache import Cache
 from q3n_functional.config import Config
-from q3n_functional.model import head, hidden_states
 from q3n_functional.params import Parameters
+from q3n_functional.sampling import Options, check_bias
+
+CHUNK = 4096
+"""Tokens of prompts that go through the model at once: what bounds the memory of activations."""
 
 
-def advance(params: Parameters, tokens_BT: Tensor, cache: Cache, *, config: Config) -> tuple[Tensor, Cache]:
-    """Logits [B, V] behind the last of `tokens_BT`, which continue the sequences of `cache`, and the cache behind it.
+class Piece(NamedTuple):
+    """A part of a packed stream of prompts.
 
-    Prefill and decoding are both this function: T is the prompt's length in one and 1 in the other. `cache` must have
-    room for T more tokens.
+    tokens_1T: int64. cu_seqlens: int32 [B+1], where each prompt's part of the piece begins and ends. complete_B: bool,
+    the prompts whose last token it holds.
     """
-    h_BTD, _, new_cache = hidden_states(params, tokens_BT, None, cache, config=config)
-    assert new_cache is not None
-    return linear(h_BTD[:, -1], head(params)), new_cache
+
+    tokens_1T: Tensor
+    cu_seqlens: Tensor
+    complete_B: Tensor
 
 
-def sample(
-    logits_BV: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0, generator: torch.Generator
-) -> Tensor:
-    """Draw a token [B] from each row of logits.
+def pieces(prompts: Sequence[Sequence[int]], chunk_length: int, device: torch.device | str = "cpu") -> Iterator[Piece]:
+    """The prompts end to end, without padding, `chunk_length` tokens at a time."""
+    if chunk_length < 1:
+        raise ValueError(f"chunk_length must be 1 or more, got {chunk_length}")
+    stream = torch.tensor([token for prompt in prompts for token in prompt], dtype=torch.int64)
+    bounds = torch.tensor([0, *map(len, prompts)]).cumsum(0)
+    for start in range(0, len(stream), chunk_length):
+        end = min(start + chunk_length, len(stream))
+        complete_B = (bounds[1:] > start) & (bounds[1:] <= end) & (bounds.diff() > 0)
+        cu_seqlens = (bounds - start).clamp(0, end - start).int()
+        yield Piece(*(x.to(device) for x in (stream[None, start:end], cu_seqlens, complete_B)))
 
-    temperature 0 takes the largest logit. top_k keeps that many largest logits (0 keeps all); top_p then keeps the
-    fewest tokens whose probabilities reach it (Holtzman et al. 2020).
+
+def prefill(
+    params: Parameters,
+    prompts: Sequence[Sequence[int]],
+    cache: Cache,
+    *,
+    config: Config,
+    chunk_length: int = CHUNK,
+    extend: Callable[..., tuple[Tensor, Cache]] = decode.extend,
+) -> tuple[Tensor, Cache]:
+    """Logits [B, V] behind each prompt, and the cache behind them; prompt n continues sequence n of `cache`.
+
+    Prompts of any lengths lie end to end. Of the activations `chunk_length` tokens are there at once, however many the
+    prompts have. `extend` may be `torch.compile(decode.extend, fullgraph=True)`: one graph serves all lengths but 1,
+    which has its own. A prompt without tokens leaves its sequence as it is, and its logits are zero.
+
+    Raises ValueError where the prompts are not as many as the sequences, or have no room.
     """
-    if temperature == 0:
-        return logits_BV.argmax(-1)
-    logits_BV = logits_BV.float() / temperature
-    if 0 < top_k < logits_BV.shape[-1]:
-        logits_BV = logits_BV.masked_fill(logits_BV < logits_BV.topk(top_k).values[:, -1:], float("-inf"))
-    probabilities_BV = _nucleus(logits_BV.softmax(-1), top_p) if top_p < 1 else logits_BV.softmax(-1)
-    return torch.multinomial(probabilities_BV, 1, generator=generator)[:, 0]
+    _check_room(prompts, cache)
+    logits_BV = params.embed_tokens.new_zeros(len(prompts), config.vocab_size)
+    for piece in pieces(prompts, chunk_length, logits_BV.device):
+        new_BV, cache = extend(params, piece.tokens_1T, piece.cu_seqlens, cache, config=config)
+        logits_BV = torch.where(piece.complete_B[:, None], new_BV, logits_BV)
+    return logits_BV, cache
 
 
-def _nucleus(probabilities_BV: Tensor, top_p: float) -> Tensor:
-    ordered, index = probabilities_BV.sort(-1, descending=True)
-    # A token stays while the mass in front of it falls short of top_p, so the most likely one always does.
-    kept = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0)
-    return torch.zeros_like(ordered).scatter(-1, index, kept)
-
-
-def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
-    """Raise ValueError for a setting out of range."""
-    if not temperature >= 0:  # as written, this refuses NaN too
-        raise ValueError(f"temperature must be 0 (the likeliest token) or more, got {temperature}")
-    if top_k < 0:
-        raise ValueError(f"top_k must be 0 (all tokens) or more, got {top_k}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1 (all tokens), got {top_p}")
+def _check_room(prompts: Sequence[Sequence[int]], cache: Cache) -> None:
+    if len(prompts) != len(cache.lengths_B):
+        raise ValueError(f"{len(prompts)} prompts cannot continue a cache of {len(cache.lengths_B)} sequences")
+    room = caches.capacity(cache)
+    for row, (prompt, before) in enumerate(zip(prompts, cache.lengths_B.tolist(), strict=True)):
+        if room is not None and before + len(prompt) > room:
+            raise ValueError(
+                f"prompt {row} has {len(prompt)} tokens behind {before}, above the cache's capacity of {room}: "
+                "make a larger one or `cache.resize` it"
+            )
 
 
 def generate(
@@ -69,23 +91,27 @@ def generate(
     *,
     config: Config,
     max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    options: Options = Options(),  # noqa: B008  # immutable
     stop_tokens: Collection[int] = (),
+    chunk_length: int = CHUNK,
+    compile: bool = False,
 ) -> Iterator[int]:
     """Yield the tokens that continue `prompt`, as each is drawn; a stop token ends it and is not yielded.
 
-    The same arguments give the same tokens on one device. Raises ValueError for an empty prompt, a token outside the
-    vocabulary, a setting out of range, or more tokens than the model has positions.
+    The same arguments give the same tokens on one device. The prompt is read `chunk_length` tokens at a time. On CUDA
+    a step is a CUDA graph; with `compile` it goes through torch.compile first, which takes a while.
+
+    Raises ValueError for an empty prompt, tokens or biases outside the vocabulary, or more tokens than positions.
     """
-    check_sampling(temperature, top_k, top_p)
-    _check_prompt(prompt, max_new_tokens, config)
-    return _generated(params, prompt, config, max_new_tokens, temperature, top_k, top_p, seed, frozenset(stop_tokens))
+    check(prompt, max_new_tokens, options, config)
+    if chunk_length < 1:
+        raise ValueError(f"chunk_length must be 1 or more, got {chunk_length}")
+    return _generated(params, prompt, config, max_new_tokens, options, stop_tokens, chunk_length, compile)
 
 
-def _check_prompt(prompt: Sequence[int], max_new_tokens: int, config: Config) -> None:
+def check(prompt: Sequence[int], max_new_tokens: int, options: Options, config: Config) -> None:
+    """Raise ValueError for what `generate` refuses."""
+    check_bias(options, config.vocab_size)
     if not prompt:
         raise ValueError("the prompt has no tokens: give at least one, such as the beginning-of-text token")
     if max(prompt) >= config.vocab_size or min(prompt) < 0:
@@ -108,21 +134,24 @@ def _generated(
     prompt: Sequence[int],
     config: Config,
     max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    seed: int,
-    stop_tokens: frozenset[int],
+    options: Options,
+    stop_tokens: Collection[int],
+    chunk_length: int,
+    compile: bool,
 ) -> Iterator[int]:
-    like = params.embed_tokens
-    generator = torch.Generator(like.device).manual_seed(seed)
-    cache = caches.empty(config, 1, len(prompt) + max_new_tokens, like.dtype, like.device)
-    tokens_BT = torch.tensor([list(prompt)], device=like.device)
-    for _ in range(max_new_tokens):
-        logits_BV, cache = advance(params, tokens_BT, cache, config=config)
-        token_B = sample(logits_BV, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-        token = int(token_B)
-        if token in stop_tokens:
-            return
+    if not max_new_tokens:
+        return
+    like, limit = params.embed_tokens, len(prompt) + max_new_tokens
+    cache = caches.empty(config, 1, limit, like.dtype, like.device)
+    running = decode.waiting(cache, [prompt], [options], [stop_tokens], [limit], config=config)
+    step = decode.repeated(
+        partial(decode.step, config=config, filtered=options.filtered), params, running, compile=compile
+    )
+    join = decode.in_place(partial(decode.join, config=config, filtered=options.filtered))
+    for piece in pieces([prompt], chunk_length, like.device):
+        drawn = join(params, running, *piece)
+    while (token := int(drawn.token_B)) not in stop_tokens:
         yield token
-        tokens_BT = token_B[:, None]
+        if running.finished_B:
+            return
+        drawn = step()

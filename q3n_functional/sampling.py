@@ -64,6 +64,12 @@ def _check(name: str, value: float, fits: bool, wanted: str) -> None:
         raise ValueError(f"{name} must be {wanted}, got {value}")
 
 
+def check_bias(options: Options, vocab_size: int) -> None:
+    """Raise ValueError for a logit bias of a token outside the vocabulary."""
+    for token in options.logit_bias:
+        _check("a token of logit_bias", token, 0 <= token < vocab_size, f"in [0, {vocab_size})")
+
+
 class Settings(NamedTuple):
     """`Options` of a batch as tensors: [B], and the logit bias [B, V]; fp32 but for top_k and seed, int64."""
 
@@ -89,8 +95,8 @@ def settings(options: Sequence[Options], vocab_size: int, device: torch.device |
     """The settings of a batch. Raises ValueError for a logit bias of a token outside the vocabulary."""
     bias_BV = torch.zeros(len(options), vocab_size)
     for row, each in enumerate(options):
+        check_bias(each, vocab_size)
         for token, bias in each.logit_bias.items():
-            _check("a token of logit_bias", token, 0 <= token < vocab_size, f"in [0, {vocab_size})")
             bias_BV[row, token] = bias
     columns = [torch.tensor([getattr(each, name) for each in options]) for name in Settings._fields[:-1]]
     dtypes = [torch.int64 if name in ("top_k", "seed") else torch.float32 for name in Settings._fields[:-1]]
@@ -108,10 +114,9 @@ def history(prompts: Sequence[Sequence[int]], vocab_size: int, device: torch.dev
 
 def noted(history: History, token_B: Tensor, kept_B: Tensor | None = None) -> History:
     """The history behind a draw, for the sequences in `kept_B` (bool, all where None)."""
-    rows = torch.arange(token_B.shape[0], device=token_B.device)
-    once = torch.ones_like(token_B) if kept_B is None else kept_B
-    drawn_BV = history.drawn_BV.index_put((rows, token_B), once.to(torch.int32), accumulate=True)
-    return History(history.prompt_BV, drawn_BV)
+    once_B = torch.ones_like(token_B) if kept_B is None else kept_B
+    count_B1 = history.drawn_BV.gather(1, token_B[:, None]) + once_B[:, None].to(torch.int32)
+    return History(history.prompt_BV, history.drawn_BV.scatter(1, token_B[:, None], count_B1))
 
 
 class Drawn(NamedTuple):

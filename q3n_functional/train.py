@@ -23,6 +23,7 @@ from q3n_functional.data import Batch
 from q3n_functional.generate import generate
 from q3n_functional.params import named_leaves
 from q3n_functional.prepare import Text
+from q3n_functional.sampling import Options
 from q3n_functional.train_config import TrainConfig
 from q3n_functional.train_state import TrainState
 
@@ -178,6 +179,6 @@ def _report(config: TrainConfig, text: Text, state: TrainState) -> None:
     prompt = tokenizer.encode(text.tokenizer, [s.prompt])[0]
     ids = generate(
         state.model.params, prompt, config=state.model.config, max_new_tokens=s.max_new_tokens,
-        temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, seed=s.seed,
+        options=Options(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, seed=s.seed),
     )  # fmt: skip
     print(s.prompt, *tokenizer.stream(text.tokenizer, ids), sep="")

@@ -15,9 +15,9 @@ import tyro
 
 from q3n_functional.compiled import Mode
 from q3n_functional.config import PRESETS, Config
-from q3n_functional.generate import check_sampling
 from q3n_functional.optim import OptimizerConfig
 from q3n_functional.recompute import Recompute
+from q3n_functional.sampling import Options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +210,7 @@ def _check(c: TrainConfig) -> None:
         raise ValueError(f"seed is {c.seed}, it must be below 2**32")
     if sample.max_new_tokens and not sample.prompt:
         raise ValueError("output.sample.prompt is empty: a sample continues a text, so give one, such as a line break")
-    check_sampling(sample.temperature, sample.top_k, sample.top_p)
+    Options(temperature=sample.temperature, top_k=sample.top_k, top_p=sample.top_p, seed=sample.seed)  # checks them
 
 
 def flatten(config: TrainConfig) -> dict[str, Any]:

@@ -93,8 +93,16 @@ options
 --temperature FLOAT 0 takes the likeliest token each time. (default: 1.0)
 --top-k INT draw among this many likeliest tokens; 0 for all. (default: 0)
 --top-p FLOAT draw among the fewest likeliest tokens with this much probability together. (default: 1.0)
+--min-p FLOAT draw among the tokens with at least this share of the likeliest one's probability. (default: 0.0)
+--repetition-penalty FLOAT divides the logits of tokens in prompt and text; 1 for none. (default: 1.0)
+--presence-penalty FLOAT lowers the logits of tokens in the text. (default: 0.0)
+--frequency-penalty FLOAT lowers the logits of tokens in the text each time they are there. (default: 0.0)
+--logit-bias [INT FLOAT [INT FLOAT ...]] token ids and what is added to their logits, in pairs. (default: )
 --seed INT the same seed writes the same text. (default: 0)
 --stop [STR [STR ...]] texts that end the writing and are not printed. (default: )
+--chunk-length INT tokens of the prompt that are read at once, which bounds the memory. (default: 4096)
+--compile,
+--no-compile compile the step first, which pays for long texts on cuda. (default: False)
 --device STR "auto" is cuda where there is one, else cpu. (default: auto)""",
     )
 

@@ -6,13 +6,15 @@ import torch.utils._pytree as pytree
 
 from q3n_functional import cache as caches
 from q3n_functional.cache import Cache, KeyValues
-from q3n_functional.generate import advance, generate, sample
+from q3n_functional.generate import generate, pieces, prefill
 from q3n_functional.model import forward, forward_cached
 from q3n_functional.rotary import RopeParameters
+from q3n_functional.sampling import Options
 from tests.configs import perturbed, slower, small
 
 LINEAR, FULL = "linear_attention", "full_attention"
 LENGTH = 23
+GREEDY = Options(temperature=0)
 
 
 def config_of(**changes):
@@ -120,50 +122,51 @@ def test_gradients_pass_through_the_cache():
 def test_text_is_that_of_the_forward_pass():
     config = config_of(initializer_range=0.2)
     tree, text = tree_of(config), random_tokens(1, 5)
-    actual = list(generate(tree, text[0].tolist(), config=config, max_new_tokens=20, temperature=0))
+    actual = list(generate(tree, text[0].tolist(), config=config, max_new_tokens=20, options=GREEDY))
     for _ in range(20):
         text = torch.cat([text, forward(tree, text, config=config)[:, -1:].argmax(-1)], 1)
     assert actual == text[0, 5:].tolist()
     assert len(set(actual)) > 3
 
 
-def test_advance_gives_the_logits_behind_the_last_token():
+@pytest.mark.parametrize("chunk_length", [1, 4, 7, 100])
+def test_prefill_in_chunks_equals_the_whole(chunk_length):
+    """Ragged, with an empty prompt, behind sequences of several lengths."""
+    config = config_of(layer_types=(LINEAR, FULL))
+    tree, sizes = tree_of(config), ((0, 5), (9, 1), (3, 0), (2, 11))
+    rows = [random_tokens(1, a + b, seed=a) for a, b in sizes]
+    cache = empty(config, 4)
+    _, cache = prefill(tree, [r[0, :a].tolist() for r, (a, _) in zip(rows, sizes, strict=True)], cache, config=config)
+    prompts = [r[0, a:].tolist() for r, (a, _) in zip(rows, sizes, strict=True)]
+    logits, after = prefill(tree, prompts, cache, config=config, chunk_length=chunk_length)
+    assert after.lengths_B.tolist() == [a + b for a, b in sizes]
+    for n, row in enumerate(rows):
+        if prompts[n]:
+            assert_near(logits[n], forward(tree, row, config=config)[0, -1])
+        else:
+            assert not logits[n].any()
+        following = random_tokens(1, 4, seed=9)
+        step, _ = forward_cached(tree, following, caches.select(after, torch.tensor([n])), config=config)
+        assert_near(step, forward(tree, torch.cat([row, following], 1), config=config)[:, -4:])
+
+
+def test_pieces_of_prompts():
+    found = list(pieces([[1, 2, 3], [], [4], [5, 6, 7, 8]], 3))
+    assert [p.tokens_1T.tolist() for p in found] == [[[1, 2, 3]], [[4, 5, 6]], [[7, 8]]]
+    assert [p.cu_seqlens.tolist() for p in found] == [[0, 3, 3, 3, 3], [0, 0, 0, 1, 3], [0, 0, 0, 0, 2]]
+    assert [p.complete_B.tolist() for p in found] == [[1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+
+
+def test_a_prompt_needs_its_own_sequence_and_room():
     config = config_of()
-    tree, tokens = tree_of(config), random_tokens(2, 9)
-    logits, cache = advance(tree, tokens, empty(config), config=config)
-    assert_near(logits, forward(tree, tokens, config=config)[:, -1])
-    assert cache.lengths_B.tolist() == [9, 9]
-
-
-def draws(logits, num=4000, **options):
-    """How often each token is drawn, [V] of 1."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = sample(torch.tensor(logits).log().expand(num, -1), **{"temperature": 1.0, **options}, generator=generator)
-    return torch.bincount(tokens, minlength=len(logits)) / num
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({}, [0.4, 0.1, 0.3, 0.2]),
-        ({"temperature": 0.5}, [16 / 30, 1 / 30, 9 / 30, 4 / 30]),
-        ({"temperature": 0}, [1, 0, 0, 0]),
-        ({"top_k": 1}, [1, 0, 0, 0]),
-        ({"top_k": 2}, [4 / 7, 0, 3 / 7, 0]),
-        ({"top_k": 9}, [0.4, 0.1, 0.3, 0.2]),
-        ({"top_p": 0.1}, [1, 0, 0, 0]),
-        ({"top_p": 0.39}, [1, 0, 0, 0]),
-        ({"top_p": 0.5}, [4 / 7, 0, 3 / 7, 0]),
-        ({"top_p": 0.85}, [4 / 9, 0, 3 / 9, 2 / 9]),
-        ({"top_p": 0.5, "top_k": 3}, [4 / 7, 0, 3 / 7, 0]),
-        ({"top_p": 0.45, "top_k": 2}, [1, 0, 0, 0]),
-        ({"top_p": 0.5, "temperature": 0.5}, [1, 0, 0, 0]),
-    ],
-)
-def test_sampling(options, expected):
-    frequencies = draws([0.4, 0.1, 0.3, 0.2], **options)
-    torch.testing.assert_close(frequencies, torch.tensor(expected, dtype=torch.float32), rtol=0, atol=0.03)
-    assert torch.equal(frequencies == 0, torch.tensor(expected) == 0)
+    tree = tree_of(config)
+    with pytest.raises(ValueError, match="3 prompts cannot continue a cache of 2 sequences"):
+        prefill(tree, [[1]] * 3, empty(config), config=config)
+    _, cache = prefill(tree, [[1] * 9, [2]], empty(config, capacity=12), config=config)
+    with pytest.raises(ValueError, match="prompt 0 has 4 tokens behind 9, above the cache's capacity of 12: make a la"):
+        prefill(tree, [[1] * 4, [2] * 4], cache, config=config)
+    with pytest.raises(ValueError, match="chunk_length must be 1 or more, got 0"):
+        prefill(tree, [[1], [2]], cache, config=config, chunk_length=0)
 
 
 def test_the_seed_repeats_the_text():
@@ -171,7 +174,7 @@ def test_the_seed_repeats_the_text():
     tree = tree_of(config)
 
     def text(seed):
-        return list(generate(tree, [1, 2], config=config, max_new_tokens=12, seed=seed))
+        return list(generate(tree, [1, 2], config=config, max_new_tokens=12, options=Options(seed=seed)))
 
     assert text(3) == text(3) != text(4)
 
@@ -179,10 +182,12 @@ def test_the_seed_repeats_the_text():
 def test_stop_tokens_end_the_text():
     config = config_of()
     tree = tree_of(config)
-    text = list(generate(tree, [5], config=config, max_new_tokens=12, seed=1))
+    text = list(generate(tree, [5], config=config, max_new_tokens=12, options=Options(seed=1)))
     assert len(text) == 12
     stop = text[6]
-    ended = list(generate(tree, [5], config=config, max_new_tokens=12, seed=1, stop_tokens=[stop, 10_000]))
+    ended = list(
+        generate(tree, [5], config=config, max_new_tokens=12, options=Options(seed=1), stop_tokens=[stop, 10_000])
+    )
     assert ended == text[: text.index(stop)]
     assert list(generate(tree, [5], config=config, max_new_tokens=0)) == []
 
@@ -199,12 +204,9 @@ def test_what_is_refused():
             {"max_new_tokens": 256},
             "1 prompt tokens and max_new_tokens 256 make 257, above max_position_emb",
         ),
-        ([1], {"temperature": -0.5}, r"temperature must be 0 \(the likeliest token\) or more, got -0.5"),
-        ([1], {"top_k": -1}, r"top_k must be 0 \(all tokens\) or more, got -1"),
-        ([1], {"top_p": 0.0}, r"top_p must be above 0 and at most 1 \(all tokens\), got 0.0"),
-        ([1], {"top_p": 1.5}, "top_p must be above 0 and at most 1"),
         ([1], {"max_new_tokens": -1}, "max_new_tokens must be 0 or more, got -1"),
-        ([1], {"temperature": float("nan")}, "temperature must be .*, got nan"),
+        ([1], {"options": Options(logit_bias={64: 1})}, r"a token of logit_bias must be in \[0, 64\), got 64"),
+        ([1], {"chunk_length": 0}, "chunk_length must be 1 or more, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             generate(tree, prompt, **{"config": config, "max_new_tokens": 3, **options})

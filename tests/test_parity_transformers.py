@@ -13,6 +13,7 @@ from q3n_functional.names import sources
 from q3n_functional.packing import IGNORE, documents_from_mask
 from q3n_functional.params import named_leaves, spec
 from q3n_functional.rotary import RopeParameters
+from q3n_functional.sampling import Options
 from tests.configs import perturbed, slower, small, trainable
 
 transformers = pytest.importorskip("transformers")
@@ -192,7 +193,8 @@ def test_greedy_text_and_the_cached_states():
     model.generation_config.eos_token_id = None
     whole = torch.ones_like(prompt)
     expected = model.generate(prompt, attention_mask=whole, max_new_tokens=24, do_sample=False)[0, 7:].tolist()
-    actual = list(generate(tree, prompt[0].tolist(), config=config, max_new_tokens=24, temperature=0))
+    greedy = {"max_new_tokens": 24, "options": Options(temperature=0)}
+    actual = list(generate(tree, prompt[0].tolist(), config=config, **greedy))
     assert len(set(expected)) > 3
     assert actual == expected
     with torch.no_grad():
