@@ -157,11 +157,16 @@ def multi_token_prediction(
     shared = context(tokens_BT, documents, None, config)._replace(valid_BT=_has_next(tokens_BT, documents))
     shared = on_ranks(shared, tokens_BT, parallel, config=config)
     next_BT = piece(shift(tokens_BT, documents, 1, 0), parallel)
-    e_BTD = rms_norm(embed(next_BT, embed_tokens, parallel), p.pre_fc_norm_embedding, config.rms_norm_eps)
-    h_BTD = rms_norm(h_BTD, p.pre_fc_norm_hidden, config.rms_norm_eps)
-    x_BTD = linear(torch.cat([e_BTD, h_BTD], -1), p.fc)
+    x_BTD = with_next(p, h_BTD, embed(next_BT, embed_tokens, parallel), config=config)
     x_BTD, statistics = layer(p.layer, x_BTD, shared, config=config, recompute=recompute)
     return rms_norm(x_BTD, p.norm, config.rms_norm_eps), statistics
+
+
+def with_next(p: MultiTokenPrediction, h_BTD: Tensor, e_BTD: Tensor, *, config: Config) -> Tensor:
+    """What the prediction module's layer takes [B, T, D]: hidden states beside the embeddings of the next tokens."""
+    e_BTD = rms_norm(e_BTD, p.pre_fc_norm_embedding, config.rms_norm_eps)
+    h_BTD = rms_norm(h_BTD, p.pre_fc_norm_hidden, config.rms_norm_eps)
+    return linear(torch.cat([e_BTD, h_BTD], -1), p.fc)
 
 
 def _has_next(tokens_BT: Tensor, documents: Documents | None) -> Tensor:
