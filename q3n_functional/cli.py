@@ -96,6 +96,7 @@ def generate(
     seed: int = 0,
     stop: tuple[str, ...] = (),
     chunk_length: int = 4096,
+    draft_tokens: int = 0,
     compile: bool = False,
     device: str = "auto",
 ) -> None:
@@ -116,6 +117,7 @@ def generate(
         seed: the same seed writes the same text.
         stop: texts that end the writing and are not printed.
         chunk_length: tokens of the prompt that are read at once, which bounds the memory.
+        draft_tokens: tokens that the prediction module drafts a step; the text stays the same.
         compile: compile the step first, which pays for long texts on cuda.
         device: "auto" is cuda where there is one, else cpu.
     """
@@ -140,6 +142,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         options=options,
         chunk_length=chunk_length,
+        draft_tokens=draft_tokens,
         compile=compile,
         stop_tokens=(end,) if isinstance(end, int) else end or (),
     )

@@ -5,19 +5,25 @@ Letters: B sequences, T tokens of a packed stream, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from q3n_functional import cache as caches
-from q3n_functional import decode
+from q3n_functional import decode, speculative
 from q3n_functional.cache import Cache
 from q3n_functional.config import Config
+from q3n_functional.decode import Running
 from q3n_functional.params import Parameters
 from q3n_functional.sampling import Options, check_bias
+from q3n_functional.speculative import Speculating
+
+logger = logging.getLogger(__name__)
+Static = dict[str, Any]
 
 CHUNK = 4096
 """Tokens of prompts that go through the model at once: what bounds the memory of activations."""
@@ -94,19 +100,36 @@ def generate(
     options: Options = Options(),  # noqa: B008  # immutable
     stop_tokens: Collection[int] = (),
     chunk_length: int = CHUNK,
+    draft_tokens: int = 0,
     compile: bool = False,
 ) -> Iterator[int]:
     """Yield the tokens that continue `prompt`, as each is drawn; a stop token ends it and is not yielded.
 
-    The same arguments give the same tokens on one device. The prompt is read `chunk_length` tokens at a time. On CUDA
-    a step is a CUDA graph; with `compile` it goes through torch.compile first, which takes a while.
+    The same arguments give the same tokens on one device. The prompt is read `chunk_length` tokens at a time. With
+    `draft_tokens` the prediction module drafts so many a step, which changes the speed and not the text; how many were
+    accepted is logged. On CUDA a step is a CUDA graph; with `compile` it goes through torch.compile first, which takes
+    a while.
 
-    Raises ValueError for an empty prompt, tokens or biases outside the vocabulary, or more tokens than positions.
+    Raises ValueError for an empty prompt, tokens or biases outside the vocabulary, more tokens than positions, or
+    drafts without a prediction module.
     """
     check(prompt, max_new_tokens, options, config)
     if chunk_length < 1:
         raise ValueError(f"chunk_length must be 1 or more, got {chunk_length}")
-    return _generated(params, prompt, config, max_new_tokens, options, stop_tokens, chunk_length, compile)
+    if draft_tokens < 0:
+        raise ValueError(f"draft_tokens must be 0 (none) or more, got {draft_tokens}")
+    if not max_new_tokens:
+        return iter(())
+    like, limit = params.embed_tokens, len(prompt) + max_new_tokens
+    cache = caches.empty(config, 1, limit + draft_tokens, like.dtype, like.device)
+    running = decode.waiting(cache, [prompt], [options], [stop_tokens], [limit], config=config)
+    static = {"config": config, "filtered": options.filtered}
+    if draft_tokens:
+        state = speculative.waiting(params, running, draft_tokens, limit + draft_tokens, config=config)
+        steps = _speculated(params, state, prompt, static, chunk_length, compile)
+    else:
+        steps = _plain(params, running, prompt, static, chunk_length, compile)
+    return _until(steps, frozenset(stop_tokens))
 
 
 def check(prompt: Sequence[int], max_new_tokens: int, options: Options, config: Config) -> None:
@@ -129,29 +152,41 @@ def check(prompt: Sequence[int], max_new_tokens: int, options: Options, config: 
 
 
 @torch.no_grad()
-def _generated(
-    params: Parameters,
-    prompt: Sequence[int],
-    config: Config,
-    max_new_tokens: int,
-    options: Options,
-    stop_tokens: Collection[int],
-    chunk_length: int,
-    compile: bool,
-) -> Iterator[int]:
-    if not max_new_tokens:
-        return
-    like, limit = params.embed_tokens, len(prompt) + max_new_tokens
-    cache = caches.empty(config, 1, limit, like.dtype, like.device)
-    running = decode.waiting(cache, [prompt], [options], [stop_tokens], [limit], config=config)
-    step = decode.repeated(
-        partial(decode.step, config=config, filtered=options.filtered), params, running, compile=compile
-    )
-    join = decode.in_place(partial(decode.join, config=config, filtered=options.filtered))
-    for piece in pieces([prompt], chunk_length, like.device):
+def _plain(
+    params: Parameters, running: Running, prompt: Sequence[int], static: Static, chunk_length: int, compile: bool
+) -> Iterator[list[int]]:
+    step = decode.repeated(partial(decode.step, **static), params, running, compile=compile)
+    join = decode.in_place(partial(decode.join, **static))
+    for piece in pieces([prompt], chunk_length, running.token_B.device):
         drawn = join(params, running, *piece)
-    while (token := int(drawn.token_B)) not in stop_tokens:
-        yield token
-        if running.finished_B:
-            return
-        drawn = step()
+    yield drawn.token_B.tolist()
+    while not running.finished_B:
+        yield step().token_B.tolist()
+
+
+@torch.no_grad()
+def _speculated(
+    params: Parameters, state: Speculating, prompt: Sequence[int], static: Static, chunk_length: int, compile: bool
+) -> Iterator[list[int]]:
+    device, running = state.drafts_BN.device, state.running
+    step = decode.repeated(partial(speculative.step, **static), params, state, compile=compile)
+    join = decode.in_place(partial(speculative.join, **static))
+    later = pieces([[*prompt[1:], 0]], chunk_length, device)
+    for piece, after in zip(pieces([prompt], chunk_length, device), later, strict=True):
+        drawn = join(params, state, piece.tokens_1T, after.tokens_1T, *piece[1:])
+    try:
+        yield drawn.token_B.tolist()
+        while not running.finished_B:
+            yield [token for token in step().token_BT[0].tolist() if token >= 0]
+    finally:
+        accepted, drafted = int(state.accepted_B), int(state.drafted_B)
+        rate = speculative.acceptance_rate(state)
+        logger.info("accepted %d of %d drafts (%.0f %%)", accepted, drafted, 100 * rate)
+
+
+def _until(steps: Iterator[list[int]], stop_tokens: frozenset[int]) -> Iterator[int]:
+    for tokens in steps:
+        for token in tokens:
+            if token in stop_tokens:
+                return
+            yield token

@@ -101,6 +101,7 @@ options
 --seed INT the same seed writes the same text. (default: 0)
 --stop [STR [STR ...]] texts that end the writing and are not printed. (default: )
 --chunk-length INT tokens of the prompt that are read at once, which bounds the memory. (default: 4096)
+--draft-tokens INT tokens that the prediction module drafts a step; the text stays the same. (default: 0)
 --compile,
 --no-compile compile the step first, which pays for long texts on cuda. (default: False)
 --device STR "auto" is cuda where there is one, else cpu. (default: auto)""",
