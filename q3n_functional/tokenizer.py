@@ -79,17 +79,43 @@ def files(tokenizer: Tokenizer) -> dict[str, bytes]:
     }
 
 
+class Stream:
+    """The text of tokens that come one by one, as far as it is certain, up to the first of the `stop` strings.
+
+    `stopped` says whether one has come; what is pushed then gives no text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self.stopped = False
+        self._tokenizer, self._stop = tokenizer, stop
+        self._decoder = decoders.DecodeStream(skip_special_tokens=True)
+        self._held, self._longest = "", max(map(len, stop), default=1)
+
+    def push(self, token: int) -> str:
+        """The text that has become certain. A character's first bytes wait for the others."""
+        if self.stopped:
+            return ""
+        self._held += self._decoder.step(self._tokenizer, token) or ""
+        if ends := [self._held.index(s) for s in self._stop if s in self._held]:
+            self.stopped = True
+            return self._cut(min(ends))
+        # Its end could be the beginning of a stop string.
+        return self._cut(max(len(self._held) - self._longest + 1, 0))
+
+    def end(self) -> str:
+        """The rest, when no more tokens come."""
+        return "" if self.stopped else self._cut(len(self._held))
+
+    def _cut(self, length: int) -> str:
+        text, self._held = self._held[:length], self._held[length:]
+        return text
+
+
 def stream(tokenizer: Tokenizer, ids: Iterable[int], stop: Sequence[str] = ()) -> Iterator[str]:
     """The text of `ids`, piece by piece as it is certain, up to the first of the `stop` strings."""
-    decoder = decoders.DecodeStream(skip_special_tokens=True)
-    held, longest = "", max(map(len, stop), default=0)
+    pieces = Stream(tokenizer, stop)
     for i in ids:
-        held += decoder.step(tokenizer, i) or ""
-        if ends := [held.index(s) for s in stop if s in held]:
-            yield held[: min(ends)]
+        yield pieces.push(i)
+        if pieces.stopped:
             return
-        # Its end could be the beginning of a stop string.
-        certain = max(len(held) - longest + 1, 0) if longest else len(held)
-        yield held[:certain]
-        held = held[certain:]
-    yield held
+    yield pieces.end()
