@@ -48,6 +48,9 @@ def test_what_is_found_continues_as_if_computed_again(kinds, common):
         assert cache is None
         return
     assert cache.lengths_B.tolist() == [length]
+    _, again = prefill(tree, [text[:length]], caches.empty(config, 1, length, torch.float32), config=config)
+    for actual, expected in zip(*map(pytree.tree_leaves, (cache, again)), strict=True):
+        assert_near(actual, expected)
     later = torch.tensor([text[length:]])
     logits, _ = forward_cached(tree, later, caches.resize(cache, len(text)), config=config)
     assert_near(logits, forward(tree, torch.tensor([text]), config=config)[:, length:])
@@ -108,6 +111,21 @@ def test_the_least_recently_used_goes_first_and_never_before_what_needs_it():
         cache = prefix.find(store, text)[1]
         if cache is not None:
             assert caches.capacity(cache) == int(cache.lengths_B)
+
+
+def test_the_end_of_a_beginning_goes_before_it_and_finding_is_using():
+    config = config_of()
+    tree = perturbed(config)
+    first, *others = (random_tokens(12, seed=n) for n in range(4))
+    one = filled(tree, config, first[:4], prefix.empty(BLOCK, 10**9)).num_bytes
+    store = filled(tree, config, first, prefix.empty(BLOCK, 3 * one))
+    store = filled(tree, config, others[0][:4], store)
+    assert lengths(store, (first, *others)) == [8, 4, 0, 0]
+    store = filled(tree, config, others[1][:4], store)
+    assert lengths(store, (first, *others)) == [4, 4, 4, 0]
+    store, _ = prefix.find(store, first)
+    store = filled(tree, config, others[2][:4], store)
+    assert lengths(store, (first, *others)) == [4, 0, 4, 4]
 
 
 def test_a_store_too_small_keeps_nothing_but_what_fits():
