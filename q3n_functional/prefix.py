@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from types import MappingProxyType
 from typing import NamedTuple, cast
 
@@ -44,7 +44,7 @@ def find(store: Store, tokens: Sequence[int]) -> tuple[Store, Cache | None]:
 
     What is found counts as used. Where logits behind the tokens are wanted, leave out the last: it has to be read.
     """
-    path = [digest for digest in _digests(store, tokens) if digest in store.blocks]
+    path = list(takewhile(store.blocks.__contains__, _digests(store, tokens)))
     if not path:
         return store, None
     blocks = [store.blocks[digest] for digest in path]
