@@ -166,6 +166,13 @@ def in_place(function: Callable[..., tuple[State, Out]], *, compile: bool = Fals
     return torch.compile(run, fullgraph=True) if compile else run
 
 
+def place_(running: Running, row: int, one: Running) -> None:
+    """Let the sequence of `one` [1], whose cache may have less room, take the place of a row, in its tensors."""
+    for leaf, new in zip(pytree.tree_leaves(running), pytree.tree_leaves(one), strict=True):
+        place = leaf[row : row + 1]
+        (place[:, : new.shape[1]] if new.ndim > 1 else place).copy_(new)
+
+
 class Captured(Generic[Out]):
     """A call of an `in_place` function as a CUDA graph: calling this replays it on the tensors that it was given.
 
