@@ -22,3 +22,14 @@ def test_training_step_measures_transformers_and_itself(tmp_path):
     metrics = {"loss", "first_step_s", "step_ms", "with_optimizer_ms"}
     assert set(found) == {(name, metric) for name in ("transformers", "q3n eager") for metric in metrics}
     assert abs(found["transformers", "loss"] - found["q3n eager", "loss"]) < 0.1
+
+
+def test_decode_measures_transformers_and_itself(tmp_path):
+    command = [sys.executable, BENCHMARKS / "decode.py", "--tiny", "--cases", "0", "5", "--out", tmp_path]
+    command += ["--commit", "abc", "--only", "transformers", "q3n eager"]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    rows = json.loads((tmp_path / "decode.json").read_text())
+    found = {(row["case"], row["implementation"]) for row in rows}
+    assert found == {("batch 1", "transformers"), ("batch 1", "q3n eager"), ("drafts 2", "q3n eager")}
+    assert not [row for row in rows if row["metric"] == "failure"]
+    assert all(row["value"] > 0 for row in rows)

@@ -108,7 +108,8 @@ def ours(config: Config, rows: int, length: int, device: str, mode: str = "layer
     return alone, whole
 
 
-def theirs(config: Config, rows: int, length: int, device: str, compile_: bool = False) -> Runner:
+def module_of(config: Config, device: str) -> Any:
+    """transformers' model of the configuration, without the prediction module, in bf16."""
     # The package's own kernels are compared: flash-linear-attention would otherwise call FlashQLA's.
     os.environ.setdefault("FLA_FLASH_QLA", "0")
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
@@ -122,6 +123,11 @@ def theirs(config: Config, rows: int, length: int, device: str, compile_: bool =
     with torch.device(device):
         module = Qwen3NextForCausalLM(hf)
     torch.set_default_dtype(torch.float32)
+    return module
+
+
+def theirs(config: Config, rows: int, length: int, device: str, compile_: bool = False) -> Runner:
+    module = module_of(config, device)
     module.train()
     called = torch.compile(module) if compile_ else module
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
