@@ -181,6 +181,7 @@ class Captured(Generic[Out]):
     """
 
     def __init__(self, run: Callable[..., Out], params: Parameters, state: Any) -> None:
+        self.arguments = params, state  # the graph has their addresses alone
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
