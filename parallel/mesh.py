@@ -81,6 +81,18 @@ def parse(text: str) -> Mesh:
     return mesh
 
 
+def check_size(mesh: Mesh, launched: int) -> None:
+    """Raise ValueError where `mesh` is not one of as many ranks as were `launched`."""
+    if launched == mesh.size:
+        return
+    degrees = " x ".join(f"{axis} {mesh.degree(axis)}" for axis in AXES if mesh.degree(axis) > 1) or "no axis"
+    raise ValueError(
+        f"the mesh ({degrees}) has {mesh.size} rank{'s' * (mesh.size > 1)}, but {launched} "
+        f"{'were' if launched > 1 else 'was'} launched: torchrun's hosts x --nproc-per-node must be {mesh.size}, "
+        f"or replicate x dp x cp x ep x tp {launched}"
+    )
+
+
 def check(mesh: Mesh, config: Config) -> None:
     """Raise ValueError, naming sizes and the degrees that would do, where `mesh` cannot hold a model of `config`."""
     for axis in AXES:

@@ -11,6 +11,7 @@ Letters: B batch, T time, D model width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -24,7 +25,7 @@ from q3n_functional.ops.linear_cross_entropy import Sums
 from q3n_functional.ops.registration import wide
 from q3n_functional.packing import IGNORE
 from q3n_functional.parallel.collectives import Axis, all_gather, all_reduce, maximum, parameter, reduce_scatter
-from q3n_functional.parallel.mesh import AXES, Mesh
+from q3n_functional.parallel.mesh import AXES, Mesh, check_size
 from q3n_functional.parallel.rules import Layout
 from q3n_functional.params import Parameters, named_leaves
 
@@ -57,18 +58,20 @@ class Parallel(NamedTuple):
     world: Axis
 
 
-def connect(mesh: Mesh, layouts: Parameters, dtype: torch.dtype, device: torch.device) -> Parallel:
+def connect(
+    mesh: Mesh, layouts: Parameters, dtype: torch.dtype, device: torch.device, timeout: timedelta | None = None
+) -> Parallel:
     """This rank's `Parallel`. Every rank of an initialised torch.distributed calls it once; it makes the groups.
 
-    Raises ValueError where the mesh does not have as many ranks as there are.
+    An exchange that takes longer than `timeout` (torch.distributed's own where None) is an error. Raises ValueError
+    where the mesh does not have as many ranks as there are.
     """
-    if dist.get_world_size() != mesh.size:
-        degrees = " x ".join(f"{axis} {mesh.degree(axis)}" for axis in AXES if mesh.degree(axis) > 1) or "1"
-        raise ValueError(f"the mesh ({degrees}) has {mesh.size} ranks, but {dist.get_world_size()} were launched")
-    return Parallel(mesh, layouts, dtype, **{name: _axis(mesh, axes, device) for name, axes in GROUPS.items()})
+    check_size(mesh, dist.get_world_size())
+    axes = {name: _axis(mesh, spanned, device, timeout) for name, spanned in GROUPS.items()}
+    return Parallel(mesh, layouts, dtype, **axes)
 
 
-def _axis(mesh: Mesh, axes: tuple[str, ...], device: torch.device) -> Axis:
+def _axis(mesh: Mesh, axes: tuple[str, ...], device: torch.device, timeout: timedelta | None) -> Axis:
     """The group that spans `axes`. Each rank makes all groups, as torch.distributed wants."""
     ranks = torch.arange(mesh.size).view([mesh.degree(axis) for axis in AXES])
     inside = [AXES.index(axis) for axis in axes]
@@ -78,7 +81,7 @@ def _axis(mesh: Mesh, axes: tuple[str, ...], device: torch.device) -> Axis:
     place = torch.tensor([mine.index(dist.get_rank())], device=device)
     if len(mine) == 1:
         return Axis(1, "", place)
-    group, _ = dist.new_subgroups_by_enumeration(lists)
+    group, _ = dist.new_subgroups_by_enumeration(lists, timeout)
     return Axis(len(mine), group.group_name, place)
 
 

@@ -8,6 +8,7 @@ short to be worth a collective, and leaves without such a dim are whole on every
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -62,6 +63,14 @@ class Layout:
             if dim is not None:
                 shape[dim] //= size
         return tuple(shape)
+
+    def offsets(self, at: Mapping[str, int]) -> tuple[int, ...]:
+        """Where a rank's shard begins in the whole leaf; `at` are the rank's coordinates."""
+        begin = [0] * len(self.spec.shape)
+        for axis, dim in zip(STORAGE, self.dims, strict=True):
+            if dim is not None:
+                begin[dim] += at[axis] * self.local_shape[dim]
+        return tuple(begin)
 
     @property
     def copies(self) -> int:

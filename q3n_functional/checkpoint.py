@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from q3n_functional.config import Config
 from q3n_functional.names import Source, sources
+from q3n_functional.parallel.mesh import Mesh
+from q3n_functional.parallel.rules import Layout, named_layouts
 from q3n_functional.params import Parameters, named_leaves, named_specs, path_name, spec
 from q3n_functional.shards import (
     INDEX,
@@ -60,7 +62,13 @@ class Checkpoint(NamedTuple):
     extras: Extras
 
 
-def load(folder: Path | str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Checkpoint:
+def load(
+    folder: Path | str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    mesh: Mesh | None = None,
+    rank: int = 0,
+) -> Checkpoint:
     """Read a Hugging Face folder of Qwen3-Next.
 
     Everything is checked against the headers of the files before memory is taken for the model. Files are never
@@ -72,10 +80,13 @@ def load(folder: Path | str, dtype: torch.dtype | None = None, device: torch.dev
         dtype: of the leaves; None keeps each as it is stored. A_log, dt_bias and the gated norm's weight are fp32
             whatever is asked.
         device: where the leaves are made.
+        mesh: with it, the leaves are the shards of its `rank`, and no more than these is read of the model.
+        rank: of this process on `mesh`.
 
     Raises:
-        ValueError: a configuration that `Config.from_json` refuses; a tensor that is missing, not one of this model's,
-            or of another shape or kind of number; a file that is missing or truncated; an index that is wrong.
+        ValueError: a mesh that cannot hold the model; a configuration that `Config.from_json` refuses; a tensor that
+            is missing, not one of this model's, or of another shape or kind of number; a file that is missing or
+            truncated; an index that is wrong.
     """
     folder = Path(folder)
     stored = stored_tensors(folder)
@@ -84,8 +95,10 @@ def load(folder: Path | str, dtype: torch.dtype | None = None, device: torch.dev
     _check_names(folder, config, wanted, stored)
     _check_entries(wanted, stored)
     _check_tied_head(config, stored)
-    leaves = _empty_leaves(config, wanted, stored, dtype, device)
-    tensors = _fill(leaves, wanted, stored)
+    mesh = mesh or Mesh()
+    places, at = named_layouts(config, mesh), mesh.coordinates(rank)
+    leaves = _empty_leaves(places, wanted, stored, dtype, device)
+    tensors = _fill(leaves, {name: place.offsets(at) for name, place in places.items()}, wanted, stored)
     dtypes = {name: stored[name].entry.dtype for name in wanted}
     return Checkpoint(_tree(config, leaves), config, dtypes, Extras(tensors, _carried_files(folder)))
 
@@ -114,32 +127,83 @@ def save(
     Raises:
         ValueError: `params` is not the tree of `config`, or an extra tensor has a name of the model's.
     """
-    folder, leaves, extras = Path(folder), named_leaves(params), extras or Extras({}, {})
+    folder, leaves = Path(folder), named_leaves(params)
     _check_leaves(config, leaves)
-    wanted = sources(config, tied_head=HEAD in (dtypes or {}))
+    plan = _plan(config, {name: leaf.dtype for name, leaf in leaves.items()}, dtypes, extras, max_shard_bytes)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        for file in plan.shards:
+            _write_shard(_temporary(folder, file), plan, file, leaves)
+        for file, text in plan.texts.items():
+            write_bytes(_temporary(folder, file), text)
+        _publish(folder, [*plan.shards, *plan.texts])
+    finally:
+        for file in (*plan.shards, *plan.texts):
+            _temporary(folder, file).unlink(missing_ok=True)
+
+
+def save_part(
+    folder: Path,
+    whole: Callable[[list[str]], Mapping[str, Tensor]],
+    config: Config,
+    dtypes: Mapping[str, torch.dtype],
+    extras: Extras,
+    part: tuple[int, int],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write the files that are this rank's, `part` = (rank, ranks), of a folder that all of them write together.
+
+    The folder is whole when all have returned; until then nobody must read it. `whole` gives leaves of the model by
+    name, those of one file at a time; `dtypes` are those of all leaves; the rest is as for `save`.
+    """
+    plan, (rank, ranks) = _plan(config, dtypes, None, extras, max_shard_bytes), part
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in list(plan.shards)[rank::ranks]:
+        needed = {leaf for name in plan.shards[file] if name in plan.wanted for leaf in plan.wanted[name].leaves}
+        _write_shard(folder / file, plan, file, whole(sorted(needed)))
+    if rank == 0:
+        for file, text in plan.texts.items():
+            write_bytes(folder / file, text)
+
+
+class _Plan(NamedTuple):
+    """A folder to be written: its tensors as they come from the model, how they are cut into files, its other files."""
+
+    wanted: Mapping[str, Source]
+    extras: Extras
+    entries: Mapping[str, Entry]
+    shards: Mapping[str, list[str]]
+    texts: Mapping[str, bytes]
+
+
+def _plan(
+    config: Config,
+    leaf_dtypes: Mapping[str, torch.dtype],
+    dtypes: Mapping[str, torch.dtype] | None,
+    extras: Extras | None,
+    max_shard_bytes: int,
+) -> _Plan:
+    extras, dtypes = extras or Extras({}, {}), dtypes or {}
+    wanted = sources(config, tied_head=HEAD in dtypes)
     if clash := sorted(wanted.keys() & extras.tensors.keys()):
         raise ValueError(f"extras holds {clash[0]}, which is a tensor of the model; remove it{and_more(clash)}")
-    entries = {name: Entry(_disk_dtype(source, leaves, dtypes or {}), source.shape) for name, source in wanted.items()}
+    entries = {name: Entry(_disk_dtype(source, leaf_dtypes, dtypes), source.shape) for name, source in wanted.items()}
     entries |= {name: Entry(tensor.dtype, tuple(tensor.shape)) for name, tensor in extras.tensors.items()}
-
-    def tensor(name: str) -> Tensor:
-        return _assemble(wanted[name], leaves, entries[name]) if name in wanted else extras.tensors[name]
-
     parts = partition(entries, max_shard_bytes)
     shards = dict(zip(_shard_names(len(parts)), parts, strict=True))
     texts = {**extras.files, "config.json": _config_text(config, extras)}
     if len(shards) > 1:
         texts[INDEX] = _index_text(shards, entries)
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        for file, names in shards.items():
-            write_file(_temporary(folder, file), {name: entries[name] for name in names}, tensor)
-        for file, text in texts.items():
-            write_bytes(_temporary(folder, file), text)
-        _publish(folder, [*shards, *texts])
-    finally:
-        for file in (*shards, *texts):
-            _temporary(folder, file).unlink(missing_ok=True)
+    return _Plan(wanted, extras, entries, shards, texts)
+
+
+def _write_shard(path: Path, plan: _Plan, file: str, leaves: Mapping[str, Tensor]) -> None:
+    def tensor(name: str) -> Tensor:
+        if name in plan.wanted:
+            return _assemble(plan.wanted[name], leaves, plan.entries[name])
+        return plan.extras.tensors[name]
+
+    write_file(path, {name: plan.entries[name] for name in plan.shards[file]}, tensor)
 
 
 def _read_config(folder: Path, stored: Mapping[str, Stored]) -> Config:
@@ -203,7 +267,7 @@ def _read_one(path: Path, name: str) -> Tensor:
 
 
 def _empty_leaves(
-    config: Config,
+    places: Mapping[str, Layout],
     wanted: Mapping[str, Source],
     stored: Mapping[str, Stored],
     dtype: torch.dtype | None,
@@ -215,15 +279,18 @@ def _empty_leaves(
             own = stored[name].entry.dtype
             kept[leaf] = torch.promote_types(own, kept.get(leaf, own))  # experts may differ; none may lose bits
     return {
-        name: torch.empty(leaf.shape, dtype=leaf.dtype or dtype or kept[name], device=device)
-        for name, leaf in named_specs(config).items()
+        name: torch.empty(place.local_shape, dtype=place.spec.dtype or dtype or kept[name], device=device)
+        for name, place in places.items()
     }
 
 
 def _fill(
-    leaves: Mapping[str, Tensor], wanted: Mapping[str, Source], stored: Mapping[str, Stored]
+    leaves: Mapping[str, Tensor],
+    offsets: Mapping[str, tuple[int, ...]],
+    wanted: Mapping[str, Source],
+    stored: Mapping[str, Stored],
 ) -> dict[str, Tensor]:
-    """Copy every wanted tensor into the leaves, file by file, and return the others."""
+    """Copy every wanted tensor into the leaves' shards, file by file, and return the others."""
     others: dict[str, Tensor] = {}
     files: dict[Path, list[str]] = defaultdict(list)
     for name, (path, _) in stored.items():
@@ -235,8 +302,7 @@ def _fill(
                 if name not in wanted:
                     others[name] = tensor.clone()  # of the file's mapping, which must not outlive a later save
                     continue
-                for part, leaf in wanted[name].pieces(tensor, leaves):
-                    leaf.copy_(part)
+                wanted[name].read(tensor, leaves, offsets)
     return others
 
 
@@ -259,10 +325,12 @@ def _check_leaves(config: Config, leaves: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{name} has shape {list(leaf.shape)}, but config makes it {list(specs[name].shape)}")
 
 
-def _disk_dtype(source: Source, leaves: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
+def _disk_dtype(
+    source: Source, leaf_dtypes: Mapping[str, torch.dtype], dtypes: Mapping[str, torch.dtype]
+) -> torch.dtype:
     if source.name in dtypes:
         return dtypes[source.name]
-    own = [leaves[name].dtype for name in source.leaves]
+    own = [leaf_dtypes[name] for name in source.leaves]
     return max(own, key=lambda dtype: dtype.itemsize)
 
 

@@ -133,6 +133,14 @@ def _begins(starts: NDArray[np.int64], begin: int, length: int) -> NDArray[np.in
     return np.concatenate([np.zeros(1, np.int64), starts[first:last] - begin])
 
 
+def rows(batch: Batch, count: int, index: int) -> Batch:
+    """The `index`-th of `count` equal parts of a batch's rows, with as many offsets: others' documents are empty."""
+    num, length = len(batch.tokens_BT) // count, batch.tokens_BT.shape[1]
+    first, cu = index * num, batch.cu_seqlens
+    own = None if cu is None else (cu - first * length).clamp(0, num * length)
+    return Batch(batch.tokens_BT[first : first + num], own)
+
+
 def describe(reader: Reader, index: int, seed: int) -> str:
     """Where each row of training batch `index` lies in the source: its tokens and its documents, a line a row."""
     return "\n".join(

@@ -80,8 +80,10 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for card, peak in PEAK_FLOPS.items() if card in name), None)
 
 
-def speed(tokens: int, seconds: float, config: Config, seq_len: int, device: torch.device) -> dict[str, float]:
-    """Tokens a second and, on a card whose peak is known, the share of it that the model's arithmetic takes (MFU)."""
+def speed(
+    tokens: int, seconds: float, config: Config, seq_len: int, device: torch.device, ranks: int = 1
+) -> dict[str, float]:
+    """Tokens a second of all ranks and, on cards whose peak is known, the share of it that the model takes (MFU)."""
     rate = tokens / seconds
     peak = peak_flops(device)
-    return {"tokens_per_s": rate, **({"mfu": rate * flops_per_token(config, seq_len) / peak} if peak else {})}
+    return {"tokens_per_s": rate, **({"mfu": rate / ranks * flops_per_token(config, seq_len) / peak} if peak else {})}

@@ -95,6 +95,27 @@ class Source:
             leaf = leaves[name] if self.expert is None else leaves[name][self.expert]
             yield part, leaf.reshape(self.groups, rows, -1)
 
+    def read(self, tensor: Tensor, shards: Mapping[str, Tensor], offsets: Mapping[str, tuple[int, ...]]) -> None:
+        """Copies what `tensor` holds of shards of its leaves, which begin at `offsets` in them, and touches no more."""
+        parts = tensor.view(self.groups, sum(self.rows), -1).split(self.rows, dim=1)
+        for part, name, rows in zip(parts, self.leaves, self.rows, strict=True):
+            shard, begin = shards[name], offsets[name]
+            if self.expert is not None:
+                if not begin[0] <= self.expert < begin[0] + shard.shape[0]:
+                    continue
+                shard, begin = shard[self.expert - begin[0]], begin[1:]
+            _copy_rows(part, shard, rows, begin)
+
+
+def _copy_rows(part: Tensor, shard: Tensor, rows: int, begin: tuple[int, ...]) -> None:
+    """From [groups, rows, width], which is a leaf's rows group by group, to the shard that begins at `begin` in it."""
+    first, last = begin[0], begin[0] + shard.shape[0]
+    columns = slice(begin[1], begin[1] + shard.shape[1]) if shard.ndim > 1 else slice(None)
+    for group in range(first // rows, -(-last // rows)):
+        low, high = max(first, group * rows), min(last, (group + 1) * rows)
+        source = part[group, low - group * rows : high - group * rows, columns]
+        shard[low - first : high - first].copy_(source.reshape(high - low, *shard.shape[1:]))
+
 
 def sources(config: Config, tied_head: bool = False) -> dict[str, Source]:
     """Every tensor that the checkpoint of `config` holds, by its name on disk.

@@ -119,7 +119,7 @@ def update_(
     every step. All mappings are by parameter name. With `parallel` everything is the rank's shards, and the
     norm that of the whole gradient; ValueError where that leaves Muon with parts of matrices.
     """
-    _check_whole(groups.muon, parallel)
+    check_whole(groups, parallel)
     gradients = {name: g.to(params[name].dtype) for name, g in gradients.items()}
     norm = total_norm(gradients, parallel)
     scale = (optimizer.clip_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -132,11 +132,12 @@ def update_(
     return norm
 
 
-def _check_whole(names: tuple[str, ...], parallel: Parallel | None) -> None:
-    if parallel is None or not names:
+def check_whole(groups: Groups, parallel: Parallel | None) -> None:
+    """Raise ValueError where the mesh leaves Muon with parts of matrices, whose orthogonal factor is another."""
+    if parallel is None or not groups.muon:
         return
     layouts = cast(dict[str, Layout], named_leaves(parallel.layouts))
-    for name in names:
+    for name in groups.muon:
         local, whole = layouts[name].local_shape, layouts[name].spec.shape
         if local[-2:] != whole[-2:]:
             raise ValueError(
@@ -206,21 +207,6 @@ def orthogonalised(x: Tensor) -> Tensor:
 
 
 def to_tensors(state: State) -> dict[str, Tensor]:
-    """The state as one flat dictionary, for a safetensors file."""
+    """The state's own tensors as one flat dictionary, for a checkpoint."""
     moments = {f"{kind}.{name}": t for kind in ("momentum", "variance") for name, t in getattr(state, kind).items()}
     return {"step": state.step, **moments}
-
-
-def from_tensors(tensors: Mapping[str, Tensor], like: State) -> State:
-    """The state that `to_tensors` wrote; ValueError, naming the tensor, where it is not one for `like`'s model."""
-    wanted = to_tensors(like)
-    for name in sorted(wanted.keys() ^ tensors.keys()):
-        raise ValueError(f"the optimizer state {'lacks' if name in wanted else 'has an unknown'} tensor {name}")
-    for name, tensor in wanted.items():
-        if tensors[name].shape != tensor.shape:
-            raise ValueError(f"optimizer state {name} is {list(tensors[name].shape)}, not {list(tensor.shape)}")
-    return State(
-        tensors["step"],
-        {name: tensors[f"momentum.{name}"] for name in like.momentum},
-        {name: tensors[f"variance.{name}"] for name in like.variance},
-    )

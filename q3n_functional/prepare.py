@@ -15,7 +15,10 @@ from q3n_functional import checkpoint, corpus, data, optim, tokenizer, train_con
 from q3n_functional.checkpoint import Checkpoint, Extras
 from q3n_functional.config import Config
 from q3n_functional.data import Reader
-from q3n_functional.params import init, named_leaves, named_specs
+from q3n_functional.parallel import launch
+from q3n_functional.parallel.distributed_checkpoint import Storage
+from q3n_functional.parallel.rules import init
+from q3n_functional.params import named_leaves, named_specs
 from q3n_functional.train_config import TrainConfig
 from q3n_functional.train_state import TrainState
 
@@ -50,16 +53,37 @@ def newest(run: Path, config: TrainConfig) -> Path | None:
 
 
 def text(config: TrainConfig, run: Path, newest: Path | None) -> Text:
-    """The text of a run, tokenised once into its folder; `newest` is the checkpoint whose tokenizer goes on."""
+    """The text of a run, tokenised once into its folder; `newest` is the checkpoint whose tokenizer goes on.
+
+    All ranks of a mesh call it together: the first one makes the tokenizer and the tokens.
+    """
+    source = launch.together(partial(_source, config))
+    words = launch.from_lead(partial(_tokenizer, config, source, newest))
+    launch.in_turn(partial(_make, run))
+    ids = source
+    if source.suffix != ".npy":
+        ids = launch.in_turn(partial(corpus.tokenize, source, cast(Tokenizer, words), run))
+    return launch.together(partial(_read, config, ids, words))
+
+
+def _source(config: TrainConfig) -> Path:
     source = Path(config.data.source)
     if not source.is_file():
         raise ValueError(f"data.source {source} does not exist: give a .txt, .jsonl or .npy file")
-    run.mkdir(parents=True, exist_ok=True)
-    words = _tokenizer(config, source, newest)
-    ids = source if source.suffix == ".npy" else corpus.tokenize(source, cast(Tokenizer, words), run)
+    return source
+
+
+def _read(config: TrainConfig, ids: Path, words: Tokenizer | None) -> Text:
     whole, c = corpus.read(ids, config.model.vocab_size), config
     training, validation = data.readers(whole, c.data.validation_fraction, c.batch_size, c.seq_len)
     return Text(training, validation, words, _bytes_per_token(config, training, validation, words))
+
+
+def _make(run: Path) -> None:
+    if launch.world().lead:
+        run.mkdir(parents=True, exist_ok=True)
+    elif not run.is_dir():
+        raise ValueError(f"{run} is on another machine: all ranks must see one file system there")
 
 
 def _tokenizer(config: TrainConfig, source: Path, newest: Path | None) -> Tokenizer | None:
@@ -103,35 +127,45 @@ def _bytes_per_token(
     )
 
 
-def start(config: TrainConfig, newest: Path | None, words: Tokenizer | None, device: torch.device) -> TrainState:
-    """The state before the first step: of checkpoint `newest`, of the `init_from` folder, or random."""
+def model(
+    config: TrainConfig, newest: Path | None, words: Tokenizer | None, device: torch.device, rank: int = 0
+) -> Checkpoint:
+    """The model before the first step: of checkpoint `newest`, of the `init_from` folder, or random.
+
+    On a mesh, of `rank`, its shards; no more than these, and one leaf, is in memory at a time.
+    """
     if newest:
-        return train_state.load(newest, config.optimizer, device)
-    begin = _initial(config, words, device) if not config.init_from else _continued(config, device)
-    groups = optim.groups(begin.config, config.optimizer)
-    dtype = getattr(torch, config.optimizer.state_dtype)
-    return TrainState(0, begin, optim.init(named_leaves(begin.params), groups, dtype))
+        return checkpoint.load(newest / "model", torch.float32, device, config.mesh, rank)
+    return _continued(config, device, rank) if config.init_from else _initial(config, words, device, rank)
 
 
-def _initial(config: TrainConfig, words: Tokenizer | None, device: torch.device) -> Checkpoint:
+def start(config: TrainConfig, newest: Path | None, model: Checkpoint, storage: Storage | None = None) -> TrainState:
+    """The state before the first step: `model` with the optimizer of checkpoint `newest` or a fresh one."""
+    groups, dtype = optim.groups(model.config, config.optimizer), getattr(torch, config.optimizer.state_dtype)
+    optimizer = optim.init(named_leaves(model.params), groups, dtype)
+    return train_state.load(newest, model, optimizer, storage) if newest else TrainState(0, model, optimizer)
+
+
+def _initial(config: TrainConfig, words: Tokenizer | None, device: torch.device, rank: int) -> Checkpoint:
     c, files = config.model, {}
     if words is not None:
         files = tokenizer.files(words)
         if c.eos_token_id is None:
             c = dataclasses.replace(c, eos_token_id=words.token_to_id(tokenizer.END))
-    return Checkpoint(init(c, config.seed, device=device), c, {}, Extras({}, files))
+    return Checkpoint(init(c, config.seed, config.mesh, rank, device=device), c, {}, Extras({}, files))
 
 
-def _continued(config: TrainConfig, device: torch.device) -> Checkpoint:
+def _continued(config: TrainConfig, device: torch.device, rank: int) -> Checkpoint:
     """The model of `init_from` with what the options under model change in its configuration."""
     folder = Path(config.init_from)
-    loaded = checkpoint.load(folder, dtype=torch.float32, device=device)
+    loaded = checkpoint.load(folder, torch.float32, device, config.mesh, rank)
     own = Config.from_json(folder / "config.json")
     names = [f.name for f in dataclasses.fields(Config)]
     changes = {n: getattr(config.model, n) for n in names if getattr(config.model, n) != getattr(own, n)}
     changed = dataclasses.replace(loaded.config, **changes)
-    wanted = {name: leaf.shape for name, leaf in named_specs(changed).items()}
-    found = {name: tuple(leaf.shape) for name, leaf in named_leaves(loaded.params).items()}
+    wanted, found = (
+        {name: leaf.shape for name, leaf in named_specs(each).items()} for each in (changed, loaded.config)
+    )
     if different := sorted(wanted.items() ^ found.items()):
         raise ValueError(
             f"init_from {folder} has another {different[0][0]} than {', '.join(f'model.{n}' for n in changes)} "

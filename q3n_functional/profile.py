@@ -72,6 +72,8 @@ def profile(config: TrainConfig) -> Path:
     profile.json, profile.png, memory.pickle for pytorch.org/memory_viz. Raises ValueError for a device that is not
     here.
     """
+    if config.mesh.size > 1:
+        raise ValueError(f"mesh has {config.mesh.size} ranks: a profile is of one device, so leave mesh out")
     device, folder = step.pick_device(config.device), Path(config.run) / "profile"
     folder.mkdir(parents=True, exist_ok=True)
     run = _step(config, device)
@@ -105,11 +107,11 @@ def _step(config: TrainConfig, device: torch.device) -> Callable[[], None]:
         Batch(torch.randint(shape.vocab_size, shape_BT, generator=generator).to(device), None)
         for _ in range(config.accumulate)
     ]
-    lr = torch.tensor(config.optimizer.lr, device=device)
+    counts, lr = step.count(batches), torch.tensor(config.optimizer.lr, device=device)
 
     def run() -> None:
         copies: Parameters = step.working(masters, config, shape)
-        new, _, _ = step.gradients(loss, copies, batches)
+        new, _, _ = step.gradients(loss, copies, batches, counts)
         with record_function(OPTIMIZER):
             update(named_leaves(masters), new, state, lr)
 

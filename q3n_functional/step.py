@@ -82,10 +82,11 @@ def working(masters: Parameters, config: TrainConfig, shape: Config) -> Paramete
     """The parameters a step computes with: leaves that take gradients, in `config.dtype` but for those always fp32.
 
     Copies, made once a step, where that is not the masters' dtype; their gradients are then in it too, half as large.
+    On a mesh the masters' own shards: they are cast where they are gathered.
     """
-    compute = getattr(torch, config.dtype)
+    compute = getattr(torch, config.dtype) if config.mesh.size == 1 else None
     dtypes = pytree.tree_map(lambda leaf: leaf.dtype or compute, spec(shape))
-    return cast(Parameters, pytree.tree_map(lambda p, d: p.detach().to(d).requires_grad_(), masters, dtypes))
+    return cast(Parameters, pytree.tree_map(lambda p, d: p.detach().to(d or p.dtype).requires_grad_(), masters, dtypes))
 
 
 def _documents(tokens_BT: Tensor, cu_seqlens: Tensor | None) -> packing.Documents | None:
@@ -95,9 +96,13 @@ def _documents(tokens_BT: Tensor, cu_seqlens: Tensor | None) -> packing.Document
 def functions(
     config: TrainConfig, shape: Config, device: torch.device, parallel: Parallel | None = None
 ) -> tuple[Loss, Update]:
-    """The two functions of a step for a model of `shape`, compiled where there is a compiler."""
+    """The two functions of a step for a model of `shape`, compiled where there is a compiler.
+
+    Raises ValueError for an optimizer that `parallel` leaves with parts of what it needs whole.
+    """
     loss: Loss = make_loss(config, shape, parallel)
     groups = optim.groups(shape, config.optimizer)
+    optim.check_whole(groups, parallel)
     update: Update = partial(optim.update_, parallel=parallel, groups=groups, optimizer=config.optimizer)
     reason = missing_compiler(device) if config.compile != "none" else "compile is none"
     if reason:
@@ -107,14 +112,14 @@ def functions(
 
 
 def gradients(
-    loss: Loss, params: Parameters, batches: Sequence[Batch]
+    loss: Loss, params: Parameters, batches: Sequence[Batch], counts: Tensor
 ) -> tuple[dict[str, Tensor], Tensor, model.Metrics]:
     """Gradients by name, loss and metrics of `batches` as if they were one; leaves of `params` must require grad.
 
-    Of one batch, gradients are in the parameters' dtypes; of several they are summed in fp32 or wider.
+    `counts` are the targets of all of them and, on a mesh, of all ranks' rows: the sum of `count`. Of one batch,
+    gradients are in the parameters' dtypes; of several they are summed in fp32 or wider.
     """
     leaves = named_leaves(params)
-    counts = torch.stack([count(batch) for batch in batches]).sum(0)
     sums: list[Tensor] = []
     parts: list[tuple[Tensor, ...]] = []
     for batch in batches:
@@ -130,15 +135,15 @@ def gradients(
     return dict(zip(leaves, sums, strict=True)), total, model.Metrics(*rest)
 
 
-def count(batch: Batch) -> Tensor:
-    """fp32 [2]: the batch's targets of the head and of the prediction module."""
-    return model.count_targets(batch.tokens_BT, _documents(*batch))
+def count(batches: Iterable[Batch]) -> Tensor:
+    """fp32 [2]: the targets of the head and of the prediction module in all of `batches`."""
+    return torch.stack([model.count_targets(batch.tokens_BT, _documents(*batch)) for batch in batches]).sum(0)
 
 
-def validate(loss: Loss, params: Parameters, batches: Iterable[Batch]) -> float:
-    """Mean cross-entropy over all targets of `batches`, in nats."""
+def validate(loss: Loss, params: Parameters, batches: Iterable[tuple[Batch, Tensor]]) -> float:
+    """Mean cross-entropy over all targets, in nats; of batches with their `count`, or a rank's rows with all ranks'."""
     sums = torch.zeros(2, dtype=torch.float64)
-    for batch in batches:
-        _, parts = loss(params, *batch, count(batch))
+    for batch, counts in batches:
+        _, parts = loss(params, *batch, counts)
         sums += torch.stack([parts.cross_entropy * parts.num_targets, parts.num_targets]).cpu()
     return float(sums[0] / sums[1])

@@ -1,18 +1,23 @@
 """The training loop: batches in, checkpoints and curves out.
 
 A step is two functions: the loss, whose gradient is taken outside it so that recomputation works when it is compiled,
-and the optimizer's update. Everything that a step changes is in a `TrainState`.
+and the optimizer's update. Everything that a step changes is in a `TrainState`. On a mesh every rank runs the loop on
+its shards and rows, and rank 0 alone writes logs; all agree on when to stop.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import signal
 import sys
 import time
+from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -21,6 +26,12 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from q3n_functional import data, metrics, optim, prepare, step, tokenizer, train_state
 from q3n_functional.data import Batch
 from q3n_functional.generate import generate
+from q3n_functional.parallel import distributed_checkpoint, launch, placement, rules
+from q3n_functional.parallel.collectives import maximum
+from q3n_functional.parallel.distributed_checkpoint import Storage
+from q3n_functional.parallel.launch import World
+from q3n_functional.parallel.mesh import check_size
+from q3n_functional.parallel.placement import Parallel
 from q3n_functional.params import named_leaves
 from q3n_functional.prepare import Text
 from q3n_functional.sampling import Options
@@ -43,26 +54,73 @@ class Stopped(Exception):  # noqa: N818  # not an error
         self.number = number
 
 
-def train(config: TrainConfig) -> Path:
-    """Trains as `config` says and returns the last checkpoint's folder.
+class Job(NamedTuple):
+    """What stays the same from step to step. On a mesh `parallel` is this rank's place in it."""
 
-    Raises ValueError, before any work, for data, settings or a run folder that do not fit; FloatingPointError where the
-    loss or the gradient stops being finite, with nothing of that step saved; `Stopped` after SIGINT or SIGTERM.
+    config: TrainConfig
+    text: Text
+    device: torch.device
+    parallel: Parallel | None
+    where: World
+
+
+def train(config: TrainConfig) -> Path:
+    """Trains as `config` says and returns the last checkpoint's folder; on a mesh, every rank calls it.
+
+    Raises ValueError, before any work, for data, settings, a mesh or a run folder that do not fit; FloatingPointError
+    where the loss or the gradient stops being finite, with nothing of that step saved; `launch.LostRankError` where
+    another rank is gone or silent for `config.timeout`; `Stopped` after SIGINT or SIGTERM.
     """
-    device, run = step.pick_device(config.device), Path(config.run)
-    newest = prepare.newest(run, config)
+    where = launch.world()
+    check_size(config.mesh, where.size)
+    if launch.restarted():
+        config = dataclasses.replace(config, resume=True)
+    device = launch.own_device(step.pick_device(config.device), where)
+    with launch.joined(where, device):
+        job, state, storage = _prepared(config, device, where)
+        with launch.watched(where, lambda: _remedy(Path(config.run))):
+            return _train(job, state, storage)
+
+
+def _remedy(run: Path) -> str:
+    last = next(iter(train_state.complete(run)), None)
+    return f"last complete checkpoint: {last}; --resume goes on from there" if last else "no checkpoint is complete yet"
+
+
+def _prepared(config: TrainConfig, device: torch.device, where: World) -> tuple[Job, TrainState, Storage | None]:
+    """All that may fail before the first step."""
+    run = Path(config.run)
+    newest = launch.same(launch.together(lambda: prepare.newest(run, config)), "the newest checkpoint")
     text = prepare.text(config, run, newest)
-    state = prepare.start(config, newest, text.tokenizer, device)
-    with metrics.Log(run, state.step) as log, _Interrupt() as interrupt, logging_redirect_tqdm():
-        state = _loop(config, text, state, log, interrupt)
+    model = launch.together(lambda: prepare.model(config, newest, text.tokenizer, device, where.rank))
+    parallel = storage = None
+    if where.size > 1:
+        places, timeout = rules.layouts(model.config, config.mesh), timedelta(seconds=config.timeout)
+        parallel = placement.connect(config.mesh, places, getattr(torch, config.dtype), device, timeout)
+        storage = distributed_checkpoint.storage(rules.named_layouts(model.config, config.mesh), config.mesh, timeout)
+    state = launch.together(lambda: prepare.start(config, newest, model, storage))
+    return Job(config, text, device, parallel, where), state, storage
+
+
+def _train(job: Job, state: TrainState, storage: Storage | None) -> Path:
+    run = Path(job.config.run)
+    functions = step.functions(job.config, state.model.config, job.device, job.parallel)
+    log = metrics.Log(run, state.step) if job.where.lead else nullcontext()
+    with log as opened, train_state.Saver(run, job.config, storage) as saver, _Interrupt() as interrupt:
+        with logging_redirect_tqdm():
+            state, number = _loop(job, state, functions, opened, saver, interrupt)
+        saver.wait()
         folder = run / f"step-{state.step}"
         if folder not in train_state.complete(run):
-            train_state.save(run, state, config)
-            metrics.plot(run)
-    if interrupt.number:
-        name = signal.Signals(interrupt.number).name
-        raise Stopped(interrupt.number, f"stopped by {name}; saved {folder}; --resume goes on from there")
-    _report(config, text, state)
+            saver.save(state)
+            saver.wait()
+    if job.where.lead:
+        metrics.plot(run)
+    if number:
+        name = signal.Signals(number).name
+        raise Stopped(number, f"stopped by {name}; saved {folder}; --resume goes on from there")
+    if job.where.lead:
+        _report(job, state)
     return folder
 
 
@@ -88,47 +146,66 @@ class _Interrupt:
         self._restore()
 
 
-def _loop(config: TrainConfig, text: Text, state: TrainState, log: metrics.Log, interrupt: _Interrupt) -> TrainState:
-    """Steps until the last one, a signal or a number that is not finite."""
-    loss, update = step.functions(config, state.model.config, state.optimizer.step.device)
+def _loop(
+    job: Job,
+    state: TrainState,
+    functions: tuple[step.Loss, step.Update],
+    log: metrics.Log | None,
+    saver: train_state.Saver,
+    interrupt: _Interrupt,
+) -> tuple[TrainState, int]:
+    """Steps until the last one, a signal or a number that is not finite; the number of the signal, 0 for none."""
+    config, number = job.config, 0
     pace = 0.2 if sys.stderr.isatty() else 10.0  # seconds; a log wants few lines
-    with tqdm(total=config.steps, initial=state.step, unit="step", dynamic_ncols=True, mininterval=pace) as bar:
-        while state.step < config.steps and not interrupt.number:
-            values = _step(config, text, state, loss, update)
-            _check_finite(config, text, state, values)
+    with tqdm(
+        total=config.steps, initial=state.step, unit="step", dynamic_ncols=True, mininterval=pace, disable=log is None
+    ) as bar:
+        while state.step < config.steps and not number:
+            values, number = _step(job, state, functions, interrupt)
+            _check_finite(job, state, values)
             state = state._replace(step=state.step + 1)
             if _due(config.output.validate_every, state.step) or state.step == config.steps:
-                values |= _validation(config, text, state, loss)
-            log.write(state.step, values)
+                values |= _validation(job, state, functions[0])
+            if log:
+                log.write(state.step, values)
             bar.set_postfix({name: f"{values[name]:.4g}" for name in SHOWN if name in values}, refresh=False)
             bar.update()
+            saver.check()
             if _due(config.output.save_every, state.step):
-                train_state.save(Path(config.run), state, config)
-                metrics.plot(Path(config.run))
-    return state
+                saver.save(state)
+                if log:
+                    metrics.plot(Path(config.run))
+    return state, number
 
 
 def _due(every: int, done: int) -> bool:
     return every > 0 and done % every == 0
 
 
-def _step(config: TrainConfig, text: Text, state: TrainState, loss: step.Loss, update: step.Update) -> dict[str, float]:
-    """One update, in place; what is known about it as numbers."""
-    device, begin = state.optimizer.step.device, time.perf_counter()
-    batches = [_to(data.batch(text.training, i, config.seed), device) for i in _indices(config, state.step)]
+def _step(
+    job: Job, state: TrainState, functions: tuple[step.Loss, step.Update], interrupt: _Interrupt
+) -> tuple[dict[str, float], int]:
+    """One update, in place; what is known about it as numbers, and that of a signal which any rank has got."""
+    config, device, begin = job.config, job.device, time.perf_counter()
+    whole = [data.batch(job.text.training, i, config.seed) for i in _indices(config, state.step)]
     params = step.working(state.model.params, config, state.model.config)
-    gradients, total, parts = step.gradients(loss, params, batches)
+    counts = step.count(whole).to(device)
+    gradients, total, parts = step.gradients(functions[0], params, [_own(batch, job) for batch in whole], counts)
     del params
     lr = optim.learning_rate(state.step, config.steps, config.optimizer)
-    norm = update(named_leaves(state.model.params), gradients, state.optimizer, torch.tensor(lr, device=device))
+    lr_now = torch.tensor(lr, device=device)
+    norm = functions[1](named_leaves(state.model.params), gradients, state.optimizer, lr_now)
+    # Ranks that stopped after different steps would wait for each other for ever.
+    stop = torch.tensor(float(interrupt.number), device=device)
+    stop = stop if job.parallel is None else maximum(stop, job.parallel.world)
     # One transfer a step: each would wait for the device.
-    numbers = torch.stack([total, norm, *parts]).tolist()
+    *numbers, number = torch.stack([total, norm, *parts, stop]).tolist()
     values = dict(zip(("loss", "grad_norm", *parts._fields), numbers, strict=True))
-    if text.bytes_per_token[0]:
-        values["bits_per_byte"] = values["cross_entropy"] / math.log(2) / text.bytes_per_token[0]
-    tokens = sum(batch.tokens_BT.numel() for batch in batches)
-    speed = metrics.speed(tokens, time.perf_counter() - begin, state.model.config, config.seq_len, device)
-    return {**values, "lr": lr, **speed}
+    if job.text.bytes_per_token[0]:
+        values["bits_per_byte"] = values["cross_entropy"] / math.log(2) / job.text.bytes_per_token[0]
+    tokens, seconds = sum(batch.tokens_BT.numel() for batch in whole), time.perf_counter() - begin
+    speed = metrics.speed(tokens, seconds, state.model.config, config.seq_len, device, job.where.size)
+    return {**values, "lr": lr, **speed}, int(number)
 
 
 def _indices(config: TrainConfig, step: int) -> range:
@@ -136,16 +213,20 @@ def _indices(config: TrainConfig, step: int) -> range:
     return range(step * config.accumulate, (step + 1) * config.accumulate)
 
 
-def _to(batch: Batch, device: torch.device) -> Batch:
-    cu_seqlens = None if batch.cu_seqlens is None else batch.cu_seqlens.to(device, non_blocking=True)
-    return Batch(batch.tokens_BT.to(device, non_blocking=True), cu_seqlens)
+def _own(batch: Batch, job: Job) -> Batch:
+    """The rank's rows of a batch, on its device."""
+    mesh = job.config.mesh
+    own = data.rows(batch, mesh.rows, mesh.coordinates(job.where.rank)["rows"])
+    cu_seqlens = None if own.cu_seqlens is None else own.cu_seqlens.to(job.device, non_blocking=True)
+    return Batch(own.tokens_BT.to(job.device, non_blocking=True), cu_seqlens)
 
 
-def _check_finite(config: TrainConfig, text: Text, state: TrainState, values: dict[str, float]) -> None:
+def _check_finite(job: Job, state: TrainState, values: dict[str, float]) -> None:
     bad = [f"{name} is {values[name]}" for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
     if not bad:
         return
-    rows = "\n".join(data.describe(text.training, i, config.seed) for i in _indices(config, state.step))
+    config = job.config
+    rows = "\n".join(data.describe(job.text.training, i, config.seed) for i in _indices(config, state.step))
     last = next(iter(train_state.complete(Path(config.run))), "none yet")
     raise FloatingPointError(
         f"{' and '.join(bad)} at step {state.step}; nothing of this step is saved; last good checkpoint: {last}\n"
@@ -153,32 +234,35 @@ def _check_finite(config: TrainConfig, text: Text, state: TrainState, values: di
     )
 
 
-def _validation(config: TrainConfig, text: Text, state: TrainState, loss: step.Loss) -> dict[str, float]:
+def _validation(job: Job, state: TrainState, loss: step.Loss) -> dict[str, float]:
+    text = job.text
     if text.validation is None:
         return {}
-    params = step.working(state.model.params, config, state.model.config)
-    device = params.embed_tokens.device
-    batches = data.validation_batches(text.validation, config.output.validation_batches)
-    nats = step.validate(loss, params, (_to(batch, device) for batch in batches))
+    params = step.working(state.model.params, job.config, state.model.config)
+    batches = data.validation_batches(text.validation, job.config.output.validation_batches)
+    nats = step.validate(loss, params, ((_own(batch, job), step.count([batch]).to(job.device)) for batch in batches))
     values = {"validation_loss": nats}
     if text.bytes_per_token[1]:
         values[BITS] = nats / math.log(2) / text.bytes_per_token[1]
     return values
 
 
-def _report(config: TrainConfig, text: Text, state: TrainState) -> None:
+def _report(job: Job, state: TrainState) -> None:
     """Says where everything is, and lets the model write."""
-    run = Path(config.run)
-    logger.info("model: %s, curves: %s", run / f"step-{state.step}" / "model", metrics.plot(run))
+    run, s, words = Path(job.config.run), job.config.output.sample, job.text.tokenizer
+    logger.info("model: %s, curves: %s", run / f"step-{state.step}" / "model", run / "loss.png")
     measured = [row[BITS] for row in metrics.read(run / "metrics.jsonl") if BITS in row]
     if measured:
         logger.info("validation: %.3f bits per byte", measured[-1])
-    s = config.output.sample
-    if not s.max_new_tokens or not text.tokenizer:
+    if not s.max_new_tokens or not words:
         return
-    prompt = tokenizer.encode(text.tokenizer, [s.prompt])[0]
+    if job.parallel is not None:
+        # No rank has the model, and one alone might not hold it.
+        logger.info("no sample, as the ranks have parts of the model: q3n generate %s %r writes one", run, s.prompt)
+        return
+    prompt = tokenizer.encode(words, [s.prompt])[0]
     ids = generate(
         state.model.params, prompt, config=state.model.config, max_new_tokens=s.max_new_tokens,
         options=Options(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, seed=s.seed),
     )  # fmt: skip
-    print(s.prompt, *tokenizer.stream(text.tokenizer, ids), sep="")
+    print(s.prompt, *tokenizer.stream(words, ids), sep="")

@@ -16,6 +16,7 @@ import tyro
 from q3n_functional.compiled import Mode
 from q3n_functional.config import PRESETS, Config
 from q3n_functional.optim import OptimizerConfig
+from q3n_functional.parallel.mesh import Mesh, check, check_batch
 from q3n_functional.recompute import Recompute
 from q3n_functional.sampling import Options
 
@@ -74,7 +75,7 @@ class TrainConfig:
     """Go on from the run's newest checkpoint, if it has one."""
     steps: int
     batch_size: int
-    """Rows of one micro-batch."""
+    """Rows of one micro-batch, those of all ranks together."""
     accumulate: int = 1
     """Micro-batches of one step."""
     seq_len: int
@@ -90,13 +91,16 @@ class TrainConfig:
     """What a layer computes again in backward to save memory: none; full, all but its input; or selective, all but the
     results of attention, delta rule, experts and matrix products."""
     z_loss_coef: float = 0.0
+    timeout: float = 600.0
+    """Seconds after which ranks that wait for a silent one end the job; compiling is silent too."""
     data: DataConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+    mesh: Mesh = field(default_factory=Mesh)
     model: Config
 
 
-FREE_ON_RESUME = ("run", "resume", "device", "compile", "output")
+FREE_ON_RESUME = ("run", "resume", "device", "compile", "timeout", "output", "mesh")
 """Keys that a resumed run may change, because the training does not depend on them."""
 
 
@@ -185,6 +189,7 @@ LEAST = {
     "accumulate": 1,
     "seq_len": 2,
     "seed": 0,
+    "timeout": 1,
     "optimizer.lr": 0,
     "optimizer.warmup_steps": 0,
     "optimizer.weight_decay": 0,
@@ -208,6 +213,8 @@ def _check(c: TrainConfig) -> None:
             raise ValueError(f"{name} is {values[name]}, it must be in [0, 1)")
     if c.seed >= 1 << 32:
         raise ValueError(f"seed is {c.seed}, it must be below 2**32")
+    check(c.mesh, c.model)
+    check_batch(c.mesh, c.model, c.batch_size, c.seq_len)
     if sample.max_new_tokens and not sample.prompt:
         raise ValueError("output.sample.prompt is empty: a sample continues a text, so give one, such as a line break")
     Options(temperature=sample.temperature, top_k=sample.top_k, top_p=sample.top_p, seed=sample.seed)  # checks them

@@ -1,58 +1,138 @@
 """A run's checkpoints: folders step-N that are complete or absent, whatever interrupts the writing.
 
-step-N/model is a Hugging Face folder of fp32 parameters with its tokenizer.json; step-N/optimizer.safetensors and
-step-N/train_state.json lie beside it, so that a server that loads every safetensors file of a model finds only the
-model's.
+step-N/model is a Hugging Face folder of fp32 parameters with its tokenizer.json; step-N/optimizer, in the form of
+torch.distributed.checkpoint, and step-N/train_state.json lie beside it, so that a server that loads every safetensors
+file of a model finds only the model's. One device and any mesh write the same, and each reads what the other wrote.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import TracebackType
+from typing import Any, NamedTuple, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+import torch.utils._pytree as pytree
 
 from q3n_functional import checkpoint, optim
 from q3n_functional.checkpoint import Checkpoint
+from q3n_functional.parallel import distributed_checkpoint
+from q3n_functional.parallel.distributed_checkpoint import Storage, barrier
 from q3n_functional.params import named_leaves
 from q3n_functional.train_config import TrainConfig, flatten
 
 STATE = "train_state.json"
-OPTIMIZER = "optimizer.safetensors"
+OPTIMIZER = "optimizer"
 
 
 class TrainState(NamedTuple):
-    """The step that comes next, the model with its fp32 master parameters and its tokenizer, and the optimizer."""
+    """The step that comes next, the model with its fp32 master parameters and its tokenizer, and the optimizer.
+
+    On a mesh parameters and moments are the rank's shards.
+    """
 
     step: int
     model: Checkpoint
     optimizer: optim.State
 
 
-def save(run: Path, state: TrainState, config: TrainConfig) -> Path:
-    """Writes run/step-N and deletes all but the newest `config.output.keep` checkpoints; returns the folder.
+class Saver:
+    """Writes a run's checkpoints beside the training, one at a time, all ranks of `storage` together.
+
+    What cannot be written raises in the next `save`, `check` or `wait`.
+    """
+
+    def __init__(self, run: Path, config: TrainConfig, storage: Storage | None = None) -> None:
+        self._run, self._config, self._storage = run, config, storage
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._last: Future[None] | None = None
+
+    def save(self, state: TrainState) -> None:
+        """Copies `state` to the host and returns; its folder step-N appears when all of it is on the disk."""
+        self.wait()
+        copy = _on_host(state)
+        self._last = self._thread.submit(_write, self._run, copy, self._config, self._storage)
+
+    def check(self) -> None:
+        """Raises what went wrong with the last checkpoint, if that is known by now."""
+        if self._last is not None and self._last.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when the last checkpoint is complete."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        # Also after an error: what is being written is the checkpoint to go on from.
+        self._thread.shutdown()
+        if error is None:
+            self.wait()
+
+
+def _on_host(state: TrainState) -> TrainState:
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().to("cpu", copy=True)
+
+    params = pytree.tree_map(copy, state.model.params)
+    optimizer = pytree.tree_map(copy, state.optimizer)
+    return TrainState(state.step, state.model._replace(params=params), cast(optim.State, optimizer))
+
+
+def _write(run: Path, state: TrainState, config: TrainConfig, storage: Storage | None) -> None:
+    """Writes run/step-N and deletes all but the newest `config.output.keep` checkpoints.
 
     The folder is written under another name, flushed to the disk and then renamed.
     """
     folder = run / f"step-{state.step}"
-    partial = folder.with_suffix(".tmp")
-    _clear(run)
-    partial.mkdir()
-    model = state.model
-    checkpoint.save(partial / "model", model.params, model.config, extras=model.extras)
-    save_file(optim.to_tensors(state.optimizer), partial / OPTIMIZER)
+    partial, lead = folder.with_suffix(".tmp"), storage is None or storage.rank == 0
+    if lead:
+        _clear(run)
+        partial.mkdir()
+    barrier(storage)
+    distributed_checkpoint.save(partial / OPTIMIZER, optim.to_tensors(state.optimizer), storage)
+    _write_model(partial, state.model, storage)
+    barrier(storage)
+    if lead:
+        _seal(partial, state.step, config)
+        _rename(partial, folder)
+        _keep_newest(run, config.output.keep)
+    barrier(storage)
+
+
+def _write_model(partial: Path, model: Checkpoint, storage: Storage | None) -> None:
+    leaves = named_leaves(model.params)
+    dtypes = {name: leaf.dtype for name, leaf in leaves.items()}
+    if storage is None:
+        checkpoint.save_part(partial / "model", lambda names: leaves, model.config, dtypes, model.extras, (0, 1))
+        return
+    # The tensors of the folder are not those of the tree. Files turn shards into leaves, a few on each rank at a time.
+    shards = partial / "shards"
+    distributed_checkpoint.save(shards, leaves, storage)
+    whole = functools.partial(distributed_checkpoint.whole, shards, layouts=storage.layouts)
+    part = (storage.rank, storage.ranks)
+    checkpoint.save_part(partial / "model", whole, model.config, dtypes, model.extras, part)
+    barrier(storage)
+    if storage.rank == 0:
+        shutil.rmtree(shards)
+
+
+def _seal(partial: Path, step: int, config: TrainConfig) -> None:
+    """Notes what must be there for the checkpoint to be complete, and flushes all of it."""
     sizes = {str(f.relative_to(partial)): f.stat().st_size for f in _files(partial)}
-    record = {"step": state.step, "files": sizes, "config": flatten(config), "torch": str(torch.__version__)}
+    record = {"step": step, "files": sizes, "config": flatten(config), "torch": str(torch.__version__)}
     (partial / STATE).write_text(json.dumps(record, indent=1))
     _flush(partial)
-    _rename(partial, folder)
-    _keep_newest(run, config.output.keep)
-    return folder
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -106,12 +186,13 @@ def record(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / STATE).read_text()))
 
 
-def load(folder: Path, optimizer: optim.OptimizerConfig, device: torch.device) -> TrainState:
-    """The state that `save` wrote; ValueError, naming the tensor, where the optimizer's is not this model's."""
-    model = checkpoint.load(folder / "model", dtype=torch.float32, device=device)
-    state = optim.init(named_leaves(model.params), optim.groups(model.config, optimizer))
-    tensors = load_file(folder / OPTIMIZER, device=str(device))
-    return TrainState(int(record(folder)["step"]), model, optim.from_tensors(tensors, state))
+def load(folder: Path, model: Checkpoint, optimizer: optim.State, storage: Storage | None = None) -> TrainState:
+    """The state that was saved in `folder`, of which `model` is loaded; `optimizer` is a fresh one, which is filled.
+
+    Raises ValueError, naming the tensor, where the folder's moments are not this model's.
+    """
+    distributed_checkpoint.load_(folder / OPTIMIZER, optim.to_tensors(optimizer), storage)
+    return TrainState(int(record(folder)["step"]), model, optimizer)
 
 
 def model_folder(path: Path) -> Path:

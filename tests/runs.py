@@ -1,6 +1,9 @@
 """Small training runs for tests."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,6 +47,17 @@ def rows(folder: Path, name: str = "loss") -> list[float]:
 def run(folder: Path, *more: str, **model: object) -> Path:
     """Trains, and returns the last checkpoint's folder."""
     return train.train(config(folder, *more, **model))
+
+
+def torchrun(
+    ranks: int, module: str, *arguments: object, die: str = "", restarts: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """Runs `python -m module` on that many ranks; `die` as `tests.dying_rank` reads it."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    # What follows -- is not torchrun's, which would take --run for one of its own.
+    command = [*launcher, f"--max-restarts={restarts}", "-m", "--", module, *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DIE": die}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=200)
 
 
 def interrupt_at(settings: TrainConfig, step: int, action: Callable[[], object]) -> None:

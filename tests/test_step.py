@@ -39,7 +39,7 @@ def documents_of(tmp_path, *more, **shape):
     source = documents_file(tmp_path)
     config = runs.config(tmp_path, f"--data.source={source}", "--data.validation-fraction=0", *more, **shape)
     text = prepare.text(config, tmp_path, None)
-    tree = trainable(prepare.start(config, None, text.tokenizer, torch.device("cpu")).model.params)
+    tree = trainable(prepare.model(config, None, text.tokenizer, torch.device("cpu")).params)
     return config, text, tree
 
 
@@ -51,9 +51,9 @@ def test_accumulated_gradients_are_those_of_the_large_batch(tmp_path):
     rows = torch.cat([b.tokens_BT for b in small_batches])
     bounds = [b.cu_seqlens + 64 * i for i, b in enumerate(small_batches)]
     large = data.Batch(rows, torch.cat([bounds[0], bounds[1][1:]]))
-    assert step.count(small_batches[0])[0] != step.count(small_batches[1])[0]
-    ours, total, parts = step.gradients(loss, tree, small_batches)
-    theirs, expected, expected_parts = step.gradients(loss, tree, [large])
+    assert step.count(small_batches[:1])[0] != step.count(small_batches[1:])[0]
+    ours, total, parts = step.gradients(loss, tree, small_batches, step.count(small_batches))
+    theirs, expected, expected_parts = step.gradients(loss, tree, [large], step.count([large]))
     torch.testing.assert_close(total, expected)
     for name in ("cross_entropy", "mtp_cross_entropy", "z_loss", "num_targets"):
         torch.testing.assert_close(getattr(parts, name), getattr(expected_parts, name))
@@ -65,8 +65,8 @@ def test_accumulated_gradients_are_those_of_the_large_batch(tmp_path):
 def test_a_packed_batch_is_its_documents_one_by_one(tmp_path):
     config, text, tree = documents_of(tmp_path, router_aux_loss_coef=0.0)
     batch = data.batch(text.training, 1, 0)
-    ours, total, _ = step.gradients(step.make_loss(config, config.model), tree, [batch])
-    counts, flat = step.count(batch), batch.tokens_BT.flatten()
+    ours, total, _ = step.gradients(step.make_loss(config, config.model), tree, [batch], step.count([batch]))
+    counts, flat = step.count([batch]), batch.tokens_BT.flatten()
     bounds = sorted(set(batch.cu_seqlens.tolist()))
     assert len(bounds) > 4
     losses = [
@@ -82,9 +82,9 @@ def test_bf16_computes_in_bf16_over_fp32_masters(tmp_path):
     config, text, tree = documents_of(tmp_path, "--dtype=bfloat16")
     batches = [data.batch(text.training, 0, 0)]
     loss, copies = step.make_loss(config, config.model), step.working(tree, config, config.model)
-    gradients, total, _ = step.gradients(loss, copies, batches)
+    gradients, total, _ = step.gradients(loss, copies, batches, step.count(batches))
     full = documents_of(tmp_path)[0]
-    _, expected, _ = step.gradients(step.make_loss(full, full.model), tree, batches)
+    _, expected, _ = step.gradients(step.make_loss(full, full.model), tree, batches, step.count(batches))
     assert total.dtype == torch.float32
     assert 0 < abs(total - expected) < 0.05
     wide = {name for name, leaf in params.named_specs(config.model).items() if leaf.dtype}
@@ -97,10 +97,10 @@ def test_bf16_gradients_of_micro_batches_are_summed_in_fp32(tmp_path):
     config, text, tree = documents_of(tmp_path, "--dtype=bfloat16")
     loss, copies = step.make_loss(config, config.model), step.working(tree, config, config.model)
     batches = [data.batch(text.training, i, 0) for i in UNEVEN]
-    sums, _, _ = step.gradients(loss, copies, batches)
-    counts_a, counts_b = (step.count(batch) for batch in batches)
+    sums, _, _ = step.gradients(loss, copies, batches, step.count(batches))
+    counts = step.count(batches)
     leaves = list(params.named_leaves(copies).values())
-    each = [torch.autograd.grad(loss(copies, *batch, counts_a + counts_b)[0], leaves) for batch in batches]
+    each = [torch.autograd.grad(loss(copies, *batch, counts)[0], leaves) for batch in batches]
     for (name, total), a, b in zip(sums.items(), *each, strict=True):
         assert total.dtype == torch.float32, name
         assert torch.equal(total, a.float() + b.float()), name
@@ -117,7 +117,8 @@ def test_recomputed_layers_give_the_same_gradients(tmp_path):
     config, text, tree = documents_of(tmp_path)
     recomputed = documents_of(tmp_path, "--recompute=full")[0]
     batches = [data.batch(text.training, 0, 0)]
-    ours, theirs = (step.gradients(step.make_loss(c, c.model), tree, batches)[0] for c in (recomputed, config))
+    counts = step.count(batches)
+    ours, theirs = (step.gradients(step.make_loss(c, c.model), tree, batches, counts)[0] for c in (recomputed, config))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 

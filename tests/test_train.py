@@ -49,13 +49,13 @@ def test_muon_resumes_too(tmp_path, name):
 def test_validation_is_in_bits_of_the_texts_bytes(finished):
     config = runs.config(finished)
     text = prepare.text(config, finished / "run", finished / "run/step-10")
-    state = train_state.load(finished / "run/step-10", config.optimizer, torch.device("cpu"))
+    saved = checkpoint.load(finished / "run/step-10/model")
     bits = targets = 0.0
     begin = text.validation.corpus.ids
     windows = [begin[i : i + 32] for i in range(0, len(begin) - 31, 31)]
     windows = torch.tensor([w.tolist() for w in windows[: len(windows) // 2 * 2]])
     with torch.no_grad():
-        logits = model.forward(state.model.params, windows, config=state.model.config)
+        logits = model.forward(saved.params, windows, config=saved.config)
     chosen = logits[:, :-1].log_softmax(-1).gather(-1, windows[:, 1:, None])
     bits, targets = -chosen.sum().item() / math.log(2), chosen.numel()
     spelt = text.tokenizer.decode(begin[1 : targets + 1].tolist()).encode()

@@ -1,0 +1,57 @@
+"""`q3n train` under torchrun: one device's losses on any mesh, whatever rank dies when."""
+
+import re
+
+import pytest
+
+from q3n_functional import train_state
+from tests import runs
+from tests.runs import torchrun
+
+MORE = ("--batch-size=4", "--steps=6", "--output.save-every=2", "--output.validate-every=3", "--optimizer.lr=0.003")
+DP_TP = ("--mesh.dp=2", "--mesh.tp=2")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A run on one device."""
+    folder = tmp_path_factory.mktemp("alone")
+    runs.run(folder, *MORE)
+    return folder
+
+
+def assert_same_losses(folder, alone):
+    assert runs.rows(folder, "step") == list(range(1, 7))
+    for name in ("loss", "grad_norm", "mtp_cross_entropy", "aux_loss", "num_targets"):
+        assert runs.rows(folder, name) == pytest.approx(runs.rows(alone, name), rel=1e-5), name
+
+
+def test_a_rank_killed_in_a_step_ends_the_job_and_another_mesh_goes_on(alone, tmp_path):
+    options = runs.arguments(tmp_path, *MORE)
+    killed = torchrun(4, "tests.dying_rank", "train", *options, *DP_TP, die="2:step.gradients:4")
+    assert killed.returncode == 1
+    assert re.search(r"q3n: rank \d: another rank is gone or silent \(.*; last complete checkpoint: .*step-2; --resume",
+                     killed.stderr), killed.stderr  # fmt: skip
+    assert re.search(r"Root Cause.*\n.*\n.*\n.*\n +rank +: 2 .*\n +exitcode +: -9", killed.stderr), killed.stderr
+    assert [path.name for path in train_state.complete(tmp_path / "run")] == ["step-2"]
+    more = ("--mesh.cp=2", "--resume", "--output.sample.max-new-tokens=5")
+    done = torchrun(2, "tests.dying_rank", "train", *options, *more)
+    assert done.returncode == 0, done.stderr
+    assert "no sample, as the ranks have parts of the model: q3n generate" in done.stderr
+    assert done.stderr.count("resuming from") == 1
+    assert_same_losses(tmp_path, alone)
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {p.name for p in (alone / "run").iterdir()}
+
+
+def test_a_rank_killed_in_a_checkpoint_leaves_the_one_before_and_restarting_resumes(alone, tmp_path):
+    options = runs.arguments(tmp_path, *MORE)
+    more, die = (*options, "--mesh.tp=2"), "1:train_state._write_model:2"
+    done = torchrun(2, "tests.dying_rank", "train", *more, die=die, restarts=1)
+    assert done.returncode == 0, done.stderr
+    assert f"resuming from {tmp_path}/run/step-2\n" in done.stderr
+    assert_same_losses(tmp_path, alone)
+
+
+def test_any_layout_reads_what_any_other_wrote_bit_by_bit(tmp_path):
+    done = torchrun(4, "tests.checkpoint_ranks", tmp_path)
+    assert done.returncode == 0, done.stderr
