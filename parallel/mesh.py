@@ -23,15 +23,15 @@ class Mesh:
     """The degree of every kind of parallelism; their product is the number of ranks."""
 
     dp: int = 1
-    """Data parallel ranks, which also share out parameters and optimizer state (FSDP)."""
+    """The number of data parallel ranks, which also share out parameters and optimizer state (FSDP)."""
     replicate: int = 1
-    """Copies of all that (HSDP)."""
+    """The number of copies of all that (HSDP)."""
     cp: int = 1
-    """Ranks that share the tokens of a row."""
+    """The number of ranks that share the tokens of a row."""
     ep: int = 1
-    """Ranks that share the experts; each has rows of its own."""
+    """The number of ranks that share the experts; each has rows of its own."""
     tp: int = 1
-    """Ranks that share heads, widths and vocabulary."""
+    """The number of ranks that share heads, widths and vocabulary."""
     sequence: bool = True
     """Whether tp ranks also share the tokens between blocks (sequence parallel)."""
 

@@ -161,6 +161,7 @@ def test_options_of_train(capsys):
 --compile default: layers
 --recompute default: none
 --z-loss-coef default: 0.0
+--timeout default: 600.0
 --data.source required
 --data.tokenizer default: bpe
 --data.validation-fraction default: 0.1
@@ -186,7 +187,13 @@ def test_options_of_train(capsys):
 --output.sample.temperature default: 0.8
 --output.sample.top-k default: 0
 --output.sample.top-p default: 0.95
---output.sample.seed default: 0""",
+--output.sample.seed default: 0
+--mesh.dp default: 1
+--mesh.replicate default: 1
+--mesh.cp default: 1
+--mesh.ep default: 1
+--mesh.tp default: 1
+--mesh.no-sequence default: True""",
     )
 
 
