@@ -1,10 +1,11 @@
-"""q3n: train, generate, convert and inspect Qwen3-Next models.
+"""q3n: train, generate, convert, inspect and plan Qwen3-Next models.
 
   q3n train CONFIG.toml [--key value ...]   train as the TOML file says; options override its keys
   q3n profile CONFIG.toml [--key value ...] where the time of a step of it goes: trace, table, picture
   q3n generate FOLDER PROMPT [options]      continue a text
   q3n convert SOURCE TARGET [--dtype TYPE]  write a Hugging Face folder again, in another precision
   q3n inspect MODEL [--mesh dp=2,tp=4]      the parameter tree of a folder, a config.json or a preset
+  q3n plan MODEL --mesh dp=64,tp=2          memory, traffic and time of a training step on cards that are not here
 
 Each has its own --help. FOLDER is a Hugging Face folder, a checkpoint step-N, or a run with checkpoints.
 """
@@ -24,6 +25,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 if TYPE_CHECKING:
+    from q3n_functional.config import Config
     from q3n_functional.parallel.launch import World
 
 # Commands import what they need: help and usage errors then come without the second that torch takes to load.
@@ -184,25 +186,81 @@ def inspect(model: Annotated[str, arg(metavar="MODEL"), Positional], *, mesh: st
         model: a folder, a config.json, or a preset such as qwen3_next_80b_a3b.
         mesh: degrees such as dp=2,tp=4 (also replicate, cp, ep): shows what each rank holds.
     """
-    from q3n_functional.config import PRESETS, Config
     from q3n_functional.parallel.mesh import parse
     from q3n_functional.summary import summary
+
+    print(summary(_config(model), parse(mesh) if mesh else None))
+
+
+def plan(
+    model: Annotated[str, arg(metavar="MODEL"), Positional],
+    *,
+    mesh: str = "",
+    search: bool = False,
+    gpus: int = 8,
+    card: Literal["h100", "h200", "a100", "b200"] = "h100",
+    batch_size: int = 0,
+    seq_len: int = 4096,
+    recompute: Literal["none", "selective", "full"] = "selective",
+    state_dtype: Literal["float32", "bfloat16"] = "float32",
+    picture: Path = Path("plan.png"),
+) -> None:
+    """Says what a training step of MODEL takes on cards that are not here: memory, traffic, time and what bounds it.
+
+    The step's own program runs on tensors without data, as one rank of as many; a picture is drawn of its memory.
+
+    Args:
+        model: a folder, a config.json, or a preset such as qwen3_next_80b_a3b.
+        mesh: degrees such as dp=64,ep=4,tp=2 (also replicate, cp).
+        search: try the meshes of `gpus` ranks, and rank the best.
+        gpus: how many cards a search has.
+        card: what each rank has; hosts have eight.
+        batch_size: rows of a step, of all ranks together; 0 for as many as there are ranks.
+        seq_len: tokens of a row.
+        recompute: what backward computes again, as in training.
+        state_dtype: of the optimizer's moments.
+        picture: the file to draw to.
+    """
+    from q3n_functional import plan_report, plan_search
+    from q3n_functional.optim import OptimizerConfig
+    from q3n_functional.parallel.mesh import parse
+    from q3n_functional.plan import plan as run
+    from q3n_functional.plan_cards import CARDS
+    from q3n_functional.train_config import DataConfig, TrainConfig
+
+    if search == bool(mesh):
+        raise ValueError("give either --mesh, such as dp=4,tp=2, or --search with --gpus")
+    layout = parse(mesh)
+    config = TrainConfig(
+        run="", steps=1, batch_size=batch_size or (gpus if search else layout.size), seq_len=seq_len, dtype="bfloat16",
+        recompute=recompute, data=DataConfig(source=""), optimizer=OptimizerConfig(state_dtype=state_dtype),
+        mesh=layout, model=_config(model),
+    )  # fmt: skip
+    plans = plan_search.search(config, gpus, CARDS[card]) if search else [run(config, CARDS[card])]
+    if search:
+        print(*plan_search.table(plans), "", sep="\n")
+    print(*plan_report.lines(plans[0]), sep="\n")
+    plan_report.plot(plans[0], picture)
+    logging.info("picture: %s", picture)
+
+
+def _config(model: str) -> Config:
+    """The configuration that `model` names: a preset, a config.json, or a folder that has one."""
+    from q3n_functional.config import PRESETS, Config
     from q3n_functional.train_state import model_folder
 
     path = Path(model)
     if model in PRESETS:
-        config = PRESETS[model]()
-    elif path.exists():
-        config = Config.from_json(path if path.is_file() else model_folder(path) / "config.json")
-    else:
+        return PRESETS[model]()
+    if not path.exists():
         raise ValueError(f"{model} is neither a file, a folder nor one of the presets {', '.join(sorted(PRESETS))}")
-    print(summary(config, parse(mesh) if mesh else None))
+    return Config.from_json(path if path.is_file() else model_folder(path) / "config.json")
 
 
 MISTAKES = (ValueError, FileNotFoundError, FloatingPointError)
 """Of the user: they end in one line rather than a traceback."""
 
-COMMANDS: dict[str, Callable[..., None]] = {"generate": generate, "convert": convert, "inspect": inspect}
+COMMANDS: dict[str, Callable[..., None]] = {"generate": generate, "convert": convert, "inspect": inspect, "plan": plan}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -63,13 +63,14 @@ def test_help(capsys):
     assert_expected_inline(
         capsys.readouterr().out,
         """\
-q3n: train, generate, convert and inspect Qwen3-Next models.
+q3n: train, generate, convert, inspect and plan Qwen3-Next models.
 
   q3n train CONFIG.toml [--key value ...]   train as the TOML file says; options override its keys
   q3n profile CONFIG.toml [--key value ...] where the time of a step of it goes: trace, table, picture
   q3n generate FOLDER PROMPT [options]      continue a text
   q3n convert SOURCE TARGET [--dtype TYPE]  write a Hugging Face folder again, in another precision
   q3n inspect MODEL [--mesh dp=2,tp=4]      the parameter tree of a folder, a config.json or a preset
+  q3n plan MODEL --mesh dp=64,tp=2          memory, traffic and time of a training step on cards that are not here
 
 Each has its own --help. FOLDER is a Hugging Face folder, a checkpoint step-N, or a run with checkpoints.
 
@@ -204,7 +205,8 @@ def test_without_a_command_it_says_how_to_use_it(capsys):
 
 
 def test_mistakes_are_one_line(capsys, tmp_path, trained):
-    assert failure(capsys, "trian") == "there is no command 'trian', only train, profile, generate, convert, inspect"
+    known = "train, profile, generate, convert, inspect, plan"
+    assert failure(capsys, "trian") == f"there is no command 'trian', only {known}"
     assert failure(capsys, "train", "no.toml") == "no.toml does not exist: the first argument is the run's TOML file"
     assert failure(capsys, "inspect", "no") == (
         "no is neither a file, a folder nor one of the presets qwen3_next_80b_a3b, small, tiny"
