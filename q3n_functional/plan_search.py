@@ -27,8 +27,8 @@ ENOUGH, MOST = 3, 8
 """How many fitting meshes a search wants, and how many whole steps it tries for them."""
 
 LARGEST_EP = 64
-"""The exchange names the rows for every rank, so that compiling it takes time that grows with the square of ep: here
-14 s at 64, 63 s at 256, over 5 min at 512, for two layers on one thread of a CPU."""
+"""The exchange names the rows for every rank, so that compiling it takes time that grows with the square of ep: seconds
+at 64, a minute at 256, over five at 512, for two layers on a CPU."""
 
 
 def search(config: TrainConfig, gpus: int, card: Card) -> list[Plan]:
