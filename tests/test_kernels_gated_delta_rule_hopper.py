@@ -94,15 +94,15 @@ def test_matches_the_plain_kernels(monkeypatch, options):
     initial, config = tensors[7], module._scan_config(p)
     _, _, gates, Y = module.forward(*tensors, *scalars)
     P = torch.empty_like(Y)
-    module._launch_chunks(p, tensors[5], tensors[6], gates, Y, P, P, *scalars[:3], False)
+    module._launch_chunks(p, tensors[5], tensors[6], gates, Y, P, None, *scalars[:3], False)
     for name in ("hopper", "plain"):
         o, U, Z = (poisoned(tensors[2], memory_format=torch.contiguous_format) for _ in range(3))
         final = torch.full((p.num_sequences, *do.shape[2:3], 128, 128), float("nan"), device=do.device)
         d_initial = final.new_empty(0) if initial is None else poisoned(final)
         h, dh = (torch.empty(p.num_chunks, *do.shape[2:3], 128, 128, dtype=do.dtype, device=do.device) for _ in "ab")
-        module._launch_scan(p, config, gates, Y, P, initial, final, o, None)
-        module._launch_scan(p, config, gates, Y, None, initial, None, U, h)
-        module._launch_reverse_scan(p, config, module._flat(do), gates, Y, P, d_final, d_initial, Z, dh)
+        module._launch_scan(p, config, gates, Y, P, scalars[0], initial, final, o, None)
+        module._launch_scan(p, config, gates, Y, None, scalars[0], initial, None, U, h)
+        module._launch_reverse_scan(p, config, module._flat(do), gates, Y, P, scalars[0], d_final, d_initial, Z, dh)
         found[name] = {"o": o, "final": final, "U": U, "h": h, "Z": Z, "dh": dh, "d_initial": d_initial}
         monkeypatch.setattr(hopper(), "serves", lambda *args: False)
     for name, x in found["hopper"].items():
@@ -110,6 +110,22 @@ def test_matches_the_plain_kernels(monkeypatch, options):
         assert torch.equal(x.isnan(), wanted.isnan()), name
         error = (x.nan_to_num().double() - wanted.nan_to_num().double()).norm()
         assert error <= BOUNDS[torch.bfloat16] * wanted.nan_to_num().double().norm(), name
+
+
+OVERLAPPED = ["whole chunks", "no states", "documents", "documents, no states", "many chunks", "strided"]
+
+
+@pytest.mark.parametrize(
+    "options", [CASES[name] | {"beta_scale": 1.0, "l2norm": True} for name in OVERLAPPED], ids=OVERLAPPED
+)
+def test_in_two_ranges_of_chunks_side_by_side(through_hopper, monkeypatch, options):
+    monkeypatch.setattr(kernels(), "_overlaps", lambda p: True)
+    example = case(**options)
+    found = kernel_outputs(*example)
+    assert_matches(found, expected(*example), BOUNDS[torch.bfloat16])
+    assert through_hopper.count("launch_scan") == 3
+    monkeypatch.setattr(kernels(), "_overlaps", lambda p: False)
+    assert all(torch.equal(x, found[name]) for name, x in kernel_outputs(*example).items())
 
 
 @pytest.mark.parametrize("batch", [1, 8])

@@ -23,9 +23,10 @@ fp32. L2 normalisation of q and k enters as row scales too: no kernel ever holds
 
 Kernels: _chunk_kernel (parallel over chunks: gates, Y, P), _scan_kernel (sequential: o and the final state, or the
 states h and U that backward needs), _reverse_scan_kernel (sequential, from the last chunk: dS and Z), _gradient_kernel
-(parallel: every gradient). Chunks of documents come from a table that _table_kernel builds on the device. On Hopper
-the scans and the gradients of whole chunks are those of gated_delta_rule_hopper.py and ..._hopper_gradient.py, where
-head dims of 128, chunks of 64 and 16 bits allow them. Few heads and long sequences: gated_delta_rule_pieces.py.
+(parallel: every gradient). Chunks of documents come from a table that _table_kernel builds on the device. On Hopper,
+where head dims of 128, chunks of 64 and 16 bits allow them, gates and Y are those of gated_delta_rule_hopper_chunks.py
+(for unit keys and beta to 1), the scans, which make P as they go, those of gated_delta_rule_hopper.py, the gradients of
+whole chunks those of gated_delta_rule_hopper_gradient.py. Few heads and long sequences: gated_delta_rule_pieces.py.
 """
 
 from typing import NamedTuple
@@ -38,6 +39,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from q3n_functional.ops.chunks import num_chunks, saved_shapes
 from q3n_functional.ops.kernels import gated_delta_rule_hopper as hopper
+from q3n_functional.ops.kernels.gated_delta_rule_hopper_chunks import launch_chunks
 from q3n_functional.ops.kernels.gated_delta_rule_hopper_gradient import launch_gradients
 from q3n_functional.ops.kernels.gated_delta_rule_pieces import cut, fold
 from q3n_functional.ops.registration import UnsupportedError
@@ -46,7 +48,6 @@ CHUNK_SIZES = (16, 32, 64)
 MAX_HEAD_DIM = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 NUM_SMS = hopper.NUM_SMS
-CUT_ON_CARDS = False  # until the fold over pieces has been checked on one: Triton 3.6 has miscompiled such products
 
 
 @triton.jit(do_not_specialize=["num_docs", "num_tokens", "num_chunks"])
@@ -201,6 +202,7 @@ def _chunk_kernel(
     """Gates (rows c / ln 2, beta, gam r_k, dec r_k, scale gam r_q, r_k, r_q), Y and P of one chunk and value head.
 
     r_q and r_k are the inverse norms of the rows of q and k (or 1). INVERT False is backward's call: it needs P again.
+    The scans for Hopper make P themselves: it is None for them.
     """
     pid = tl.program_id(0)
     hv = pid % HV
@@ -224,7 +226,6 @@ def _chunk_kernel(
     j = r[None, :]
     gates += pid.to(tl.int64) * (7 * C) + r
     Y += pid.to(tl.int64) * (C * C)
-    P += pid.to(tl.int64) * (C * C)
     matrix = i * C + j
     # Vectors go to memory and are read back where they are needed: the compiler would otherwise repeat their arithmetic
     # for each layout that a matrix product asks for, and keep the results in registers during the inverse.
@@ -247,16 +248,19 @@ def _chunk_kernel(
         core = _core_of_inverse(M, tl.load(gates + C), C, MERGE)
         tl.store(Y + matrix, core.to(Y.dtype.element_ty))
     qq = tl.load(q + start * q_token + hk * q_head + (r[:, None] * q_token + cols[None, :]), mask=tile, other=0.0)
-    scores = tl.dot(qq, tl.trans(kk), input_precision=DOT)
+    if P is not None:
+        scores = tl.dot(qq, tl.trans(kk), input_precision=DOT)
     if INVERT:
         tl.store(gates + 6 * C, _inverse_norm(qq, NORMALISE))
         tl.debug_barrier()
     c = tl.load(gates)
     r_q = tl.load(gates + 6 * C)
-    scores *= (scale * r_q)[:, None] * tl.load(gates + 5 * C)[None, :]
     if INVERT:
         tl.store(gates + 4 * C, tl.where(valid, scale * tl.exp2(c) * r_q, 0.0))
-    tl.store(P + matrix, (scores * _decay_matrix(c, i, j)).to(P.dtype.element_ty))
+    if P is not None:
+        scores *= (scale * r_q)[:, None] * tl.load(gates + 5 * C)[None, :]
+        P += pid.to(tl.int64) * (C * C)
+        tl.store(P + matrix, (scores * _decay_matrix(c, i, j)).to(P.dtype.element_ty))
 
 
 @triton.jit
@@ -797,13 +801,15 @@ def _inverse_precision(dtype: torch.dtype, qk_l2norm: bool, beta_scale: float) -
 
 
 def _launch_chunks(
-    p: Problem, A_log: Tensor | None, dt_bias: Tensor | None, gates: Tensor, Y: Tensor, P: Tensor,
-    o: Tensor | None,
-    scale: float, qk_l2norm: bool, beta_scale: float, invert: bool,
+    p: Problem, A_log: Tensor | None, dt_bias: Tensor | None, gates: Tensor, Y: Tensor, P: Tensor | None,
+    o: Tensor | None, scale: float, qk_l2norm: bool, beta_scale: float, invert: bool,
 ) -> None:  # fmt: skip
     merge = _inverse_precision(p.q.dtype, qk_l2norm, beta_scale)
     heads = p.constants["HV"]
     if p.num_chunks * heads == 0:
+        return
+    if P is None and merge == "fp16" and hopper.serves(p):
+        launch_chunks(p, A_log, dt_bias, gates, Y, o, scale)
         return
     _chunk_kernel[(p.num_chunks * heads,)](
         p.q, p.k, p.g, p.beta, A_log, dt_bias, p.table, gates, Y, P, o, p.length, scale, beta_scale,
@@ -879,12 +885,12 @@ def _tiles(p: Problem, config: Config) -> int:
 
 
 def _launch_scan(
-    p: Problem, config: Config, gates: Tensor, Y: Tensor, P: Tensor | None, initial: Tensor | None,
+    p: Problem, config: Config, gates: Tensor, Y: Tensor, P: Tensor | None, scale: float, initial: Tensor | None,
     final: Tensor | None, o: Tensor, h: Tensor | None,
 ) -> None:  # fmt: skip
-    """Forward's scan (P and final given: o is the output) or backward's recomputation (h given: o receives U)."""
+    """Forward's scan (final given: o is the output) or backward's recomputation (h given: o receives U)."""
     if hopper.serves(p, p.v):
-        hopper.launch_scan(p, gates, Y, P, initial, final, o, h)
+        hopper.launch_scan(p, gates, Y, scale, initial, final, o, h)
         return
     dot = _dot_precision(p.q.dtype)
     descriptors = _descriptors(p, p.v, o, h, Y, P, config)
@@ -898,11 +904,11 @@ def _launch_scan(
 
 
 def _launch_reverse_scan(
-    p: Problem, config: Config, grad: Tensor, gates: Tensor, Y: Tensor, P: Tensor, d_final: Tensor | None,
-    d_initial: Tensor, z: Tensor, dh: Tensor,
+    p: Problem, config: Config, grad: Tensor, gates: Tensor, Y: Tensor, P: Tensor | None, scale: float,
+    d_final: Tensor | None, d_initial: Tensor, z: Tensor, dh: Tensor,
 ) -> None:  # fmt: skip
     if hopper.serves(p, grad):
-        hopper.launch_reverse_scan(p, grad, gates, Y, P, d_final, d_initial, z, dh)
+        hopper.launch_reverse_scan(p, grad, gates, Y, scale, d_final, d_initial, z, dh)
         return
     dot = _dot_precision(p.q.dtype)
     descriptors = _descriptors(p, grad, z, dh, Y, P, config)
@@ -931,72 +937,80 @@ def _launch_transition(p: Problem, gates: Tensor, Y: Tensor) -> Tensor:
 
 
 def _num_pieces(p: Problem) -> int:
-    """Into how many pieces to cut an average sequence: 1 unless most of the card would idle for long.
+    """Into how many pieces forward cuts an average sequence: 1 unless most of the card would idle for long.
 
     So a sequence's last bits may depend on how many others share the call, never on what is in them.
     """
     c = p.constants
     programs = p.num_sequences * c["HV"] * _cdiv(c["V"], 64)
-    if c["BK"] > 128 or programs == 0 or p.num_chunks < 64 * p.num_sequences:
-        return 1
-    if p.q.is_cuda and not CUT_ON_CARDS:
+    if c["BK"] > 128 or programs == 0 or p.num_chunks < 128 * p.num_sequences:
         return 1
     pieces = NUM_SMS // programs
-    return pieces if pieces >= 4 else 1  # walking twice, and M, cost about three walks
+    return pieces if pieces >= 8 else 1  # walking twice, M, and more launches
 
 
 def _piece_starts(
-    p: Problem, pieces: Problem, first_piece: Tensor, gates: Tensor, Y: Tensor, P: Tensor, initial: Tensor | None,
-    final: Tensor | None, scratch: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The states in front of the pieces, and their transitions; `scratch` has o's shape."""
+    p: Problem, pieces: Problem, first_piece: Tensor, gates: Tensor, Y: Tensor, P: Tensor | None, scale: float,
+    initial: Tensor | None, final: Tensor, scratch: Tensor,
+) -> Tensor:  # fmt: skip
+    """The states in front of the pieces; `scratch` has o's shape."""
     c = p.constants
     H = torch.empty(pieces.num_sequences, c["HV"], c["K"], c["V"], dtype=torch.float32, device=p.q.device)
-    _launch_scan(pieces, _scan_config(pieces), gates, Y, P, None, H, scratch, None)
-    M = _launch_transition(pieces, gates, Y)
-    return fold(p, first_piece, H, M, initial, final, False), M
+    _launch_scan(pieces, _scan_config(pieces), gates, Y, P, scale, None, H, scratch, None)
+    return fold(p, first_piece, H, _launch_transition(pieces, gates, Y), initial, final)
+
+
+def _overlaps(p: Problem) -> bool:
+    """Whether the scan leaves half of the card to a chunk kernel that is worth two more launches."""
+    programs = 2 * p.num_sequences * p.constants["HV"]
+    return NUM_SMS // 3 < programs < 2 * NUM_SMS // 3 and p.num_chunks * p.constants["HV"] >= 8192
+
+
+def _overlapped(
+    p: Problem, A_log: Tensor | None, dt_bias: Tensor | None, gates: Tensor, Y: Tensor, scale: float,
+    initial: Tensor | None, final: Tensor, o: Tensor,
+) -> None:  # fmt: skip
+    """Forward in two ranges of chunks: the second one's gates and Y are made beside the first one's scan."""
+    middle = p.num_chunks * 9 // 20  # the scan of the first part then takes as long as what runs beside it
+    main, scans = torch.cuda.current_stream(p.q.device), torch.cuda.Stream(p.q.device, priority=-1)
+    for chunks in ((0, middle), (middle, p.num_chunks)):
+        launch_chunks(p, A_log, dt_bias, gates, Y, o, scale, chunks)
+        scans.wait_stream(main)
+        with torch.cuda.stream(scans):
+            hopper.launch_scan(p, gates, Y, scale, initial, final, o, None, chunks)
+    main.wait_stream(scans)
 
 
 def _output_scan(
-    p: Problem, gates: Tensor, Y: Tensor, P: Tensor, initial: Tensor | None, final: Tensor, o: Tensor
-) -> None:
+    p: Problem, gates: Tensor, Y: Tensor, P: Tensor | None, scale: float, initial: Tensor | None, final: Tensor,
+    o: Tensor,
+) -> None:  # fmt: skip
     if (num := _num_pieces(p)) == 1:
-        _launch_scan(p, _scan_config(p), gates, Y, P, initial, final, o, None)
+        _launch_scan(p, _scan_config(p), gates, Y, P, scale, initial, final, o, None)
         return
     pieces, first_piece = cut(p, num)
-    starts, _ = _piece_starts(p, pieces, first_piece, gates, Y, P, initial, final, o)
-    _launch_scan(pieces, _scan_config(pieces), gates, Y, P, starts, torch.empty_like(starts), o, None)
+    starts = _piece_starts(p, pieces, first_piece, gates, Y, P, scale, initial, final, o)
+    _launch_scan(pieces, _scan_config(pieces), gates, Y, P, scale, starts, torch.empty_like(starts), o, None)
 
 
 def _gradient_scans(
-    p: Problem, grad: Tensor, gates: Tensor, Y: Tensor, P: Tensor, initial: Tensor | None, d_final: Tensor | None,
-    d_initial: Tensor, U: Tensor, h: Tensor, z: Tensor, dh: Tensor,
+    p: Problem, grad: Tensor, gates: Tensor, Y: Tensor, P: Tensor | None, scale: float, initial: Tensor | None,
+    d_final: Tensor | None, d_initial: Tensor, U: Tensor, h: Tensor, z: Tensor, dh: Tensor,
 ) -> None:  # fmt: skip
     """Write U, h, z, dh and, where it is not empty, d_initial."""
-    if (num := _num_pieces(p)) > 1:
-        pieces, first_piece = cut(p, num)
-        config = _scan_config(pieces)
-        starts, M = _piece_starts(p, pieces, first_piece, gates, Y, P, initial, None, U)
-        _launch_scan(pieces, config, gates, Y, None, starts, None, U, h)
-        d_starts = torch.empty_like(starts)
-        _launch_reverse_scan(pieces, config, grad, gates, Y, P, None, d_starts, z, dh)
-        last = d_initial if d_initial.numel() else None
-        d_ends = fold(p, first_piece, d_starts, M, d_final, last, True)
-        _launch_reverse_scan(pieces, config, grad, gates, Y, P, d_ends, d_starts, z, dh)
-        return
     # Neither scan needs the other. Where both fit on the card they run side by side, in wide slices.
     wide = Config(BV=64, warps=4, stages=3, tma=True)
     fits = p.q.element_size() == 2 and p.constants["BK"] <= 128 and 0 < 2 * _tiles(p, wide) <= NUM_SMS
     if not (p.q.is_cuda and fits):
         config = _scan_config(p)
-        _launch_reverse_scan(p, config, grad, gates, Y, P, d_final, d_initial, z, dh)
-        _launch_scan(p, config, gates, Y, None, initial, None, U, h)
+        _launch_reverse_scan(p, config, grad, gates, Y, P, scale, d_final, d_initial, z, dh)
+        _launch_scan(p, config, gates, Y, None, scale, initial, None, U, h)
         return
     main, other = torch.cuda.current_stream(p.q.device), torch.cuda.Stream(p.q.device)
     other.wait_stream(main)
     with torch.cuda.stream(other):
-        _launch_scan(p, wide, gates, Y, None, initial, None, U, h)
-    _launch_reverse_scan(p, wide, grad, gates, Y, P, d_final, d_initial, z, dh)
+        _launch_scan(p, wide, gates, Y, None, scale, initial, None, U, h)
+    _launch_reverse_scan(p, wide, grad, gates, Y, P, scale, d_final, d_initial, z, dh)
     main.wait_stream(other)
 
 
@@ -1031,12 +1045,15 @@ def forward(
     gates_shape, Y_shape = saved_shapes(v, cu_seqlens, chunk_size)
     gates = torch.empty(gates_shape, dtype=torch.float32, device=v.device)
     Y = torch.empty(Y_shape, dtype=v.dtype, device=v.device)
-    P = torch.empty_like(Y)
+    P = None if hopper.serves(p, p.v) else torch.empty_like(Y)
     o = torch.empty(batch, length, heads, V, dtype=v.dtype, device=v.device)
     final = torch.empty(p.num_sequences, heads, K, V, dtype=torch.float32, device=v.device)
     initial = None if initial_state is None else initial_state.contiguous()
+    if P is None and _inverse_precision(v.dtype, qk_l2norm, beta_scale) == "fp16" and _overlaps(p):
+        _overlapped(p, A_log, dt_bias, gates, Y, scale, initial, final, o)
+        return o, final, gates, Y
     _launch_chunks(p, A_log, dt_bias, gates, Y, P, o, scale, qk_l2norm, beta_scale, True)
-    _output_scan(p, gates, Y, P, initial, final, o)
+    _output_scan(p, gates, Y, P, scale, initial, final, o)
     return o, final, gates, Y
 
 
@@ -1068,15 +1085,17 @@ def backward(
     initial = None if initial_state is None else initial_state.contiguous()
     dot = _dot_precision(v.dtype)
 
-    P = torch.empty_like(Y)
-    _launch_chunks(p, A_log, dt_bias, gates, Y, P, P, scale, qk_l2norm, beta_scale, False)
+    fast = hopper.serves(p, p.v, grad)
+    P = None if fast else torch.empty_like(Y)
+    if P is not None:
+        _launch_chunks(p, A_log, dt_bias, gates, Y, P, None, scale, qk_l2norm, beta_scale, False)
     dh = torch.empty(p.num_chunks, heads, K, V, dtype=v.dtype, device=v.device)
     dv = torch.empty(batch, length, heads, V, dtype=v.dtype, device=v.device)  # holds Z until the last kernel
     d_initial = q.new_empty(0) if initial is None else torch.empty_like(initial)
     d_final = None if dfinal_state is None else dfinal_state.contiguous()
     h = torch.empty_like(dh)
     U = torch.empty_like(dv)
-    _gradient_scans(p, grad, gates, Y, P, initial, d_final, d_initial, U, h, dv, dh)
+    _gradient_scans(p, grad, gates, Y, P, scale, initial, d_final, d_initial, U, h, dv, dh)
     del P
 
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -1084,7 +1103,6 @@ def backward(
     dg = torch.empty(g.shape, dtype=g.dtype, device=g.device)
     dbeta = torch.empty(beta.shape, dtype=beta.dtype, device=beta.device)
     activate = A_log is not None
-    fast = hopper.serves(p, grad)
     configs = _gradient_configs(p)
     slices = [_cdiv(V, config.BV) for config in configs]
     sums = torch.empty(p.num_chunks, heads, max(slices), 3, chunk_size, dtype=torch.float32, device=q.device)
@@ -1133,5 +1151,5 @@ def transition(
     gates_shape, Y_shape = saved_shapes(values, cu_seqlens, chunk_size)
     gates = torch.empty(gates_shape, dtype=torch.float32, device=k.device)
     Y = torch.empty(Y_shape, dtype=k.dtype, device=k.device)
-    _launch_chunks(p, A_log, dt_bias, gates, Y, torch.empty_like(Y), None, 1.0, qk_l2norm, beta_scale, True)
+    _launch_chunks(p, A_log, dt_bias, gates, Y, None, None, 1.0, qk_l2norm, beta_scale, True)
     return _launch_transition(p, gates, Y)

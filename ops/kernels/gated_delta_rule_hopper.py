@@ -2,8 +2,9 @@
 """The sequential kernels of the gated delta rule for Hopper, in Gluon: K = V = 128, chunks of 64, 16 bits.
 
 The formulas are those of gated_delta_rule.py. A program walks one sequence, value head and slice of BV columns of V.
-One warp fetches tiles by TMA, STAGES chunks ahead; four compute. The state is held transposed, S^T [BV, K], as two
-halves [BV, 64] along K, so that each left operand of a wgmma is in registers and each right one is a tile as fetched:
+One warp fetches tiles by TMA, STAGES chunks ahead; four make P from them, a chunk ahead; the others walk. The state is
+held transposed, S^T [BV, K], as two halves [BV, 64] along K, so that each left operand of a wgmma is in registers and
+each right one is a tile as fetched:
 
     KS^T = S^T K^T     W^T = V^T - gam KS^T     U^T = W^T + (beta W^T) Y^T     S^T <- gam_last S^T + (dec beta U^T) K
 
@@ -14,7 +15,7 @@ What ptxas asks for, or it makes the wgmmas wait (its messages C7515 and C7517):
 and results are read behind a wait that comes after the last wgmma issued, hence the waits for what is long done.
 
 Rows behind a sequence's end are fetched too: they may be NaN. They are zeroed in shared memory, but for q in the
-forward scan, where they meet only rows of o that are not stored.
+forward scan, where they meet only rows of o that are not stored, and P's rows are zeroed as such.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 if TYPE_CHECKING:
     from q3n_functional.ops.kernels.gated_delta_rule import Problem
 
+SCORES = gl.constexpr(72)  # registers of the warps that compute P
 NUM_SMS = 132  # of the card that the choices here were measured on
 # Triton 3.7 has another name for it than 3.6.
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -82,6 +84,15 @@ def _load_state(pointer, HALF: gl.constexpr, BV: gl.constexpr, mma: gl.constexpr
 
 
 @gluon.jit
+def _in_range(start, length, chunk, first, end):
+    """What of a sequence lies in the chunks from `first` to `end`, and how many of its chunks come before."""
+    chunks = (length + 63) // 64
+    before = gl.minimum(gl.maximum(first - chunk, 0), chunks)
+    to_end = gl.minimum(gl.maximum(end - chunk, 0), chunks)
+    return start + before * 64, gl.minimum(length, to_end * 64) - before * 64, chunk + before, before
+
+
+@gluon.jit
 def _store_state(pointer, x, HALF: gl.constexpr, BV: gl.constexpr, mma: gl.constexpr):
     rows = gl.arange(0, BV, gl.SliceLayout(1, mma))
     cols = gl.arange(0, 64, gl.SliceLayout(0, mma))
@@ -120,8 +131,8 @@ def _widen(x):
 
 @gluon.jit
 def _producer(
-    n, row, tile, tiles, k_col, v_col, q_tma, k_tma, v_tma, Y_tma, P_tma, gates_tma,
-    k0, k1, q0, q1, vs, ys, ps, xs, full, empty, SCORES: gl.constexpr, STAGES: gl.constexpr, BYTES: gl.constexpr,
+    n, row, tile, tiles, k_col, v_col, q_tma, k_tma, v_tma, Y_tma, gates_tma,
+    k0, k1, q0, q1, vs, ys, xs, full, empty, SCORES: gl.constexpr, STAGES: gl.constexpr, BYTES: gl.constexpr,
     REVERSE: gl.constexpr,
 ):  # fmt: skip
     """Fetch the chunks' tiles. `row` and `tile` belong to the first chunk, `tiles` lie between two of them."""
@@ -135,19 +146,61 @@ def _producer(
         mbarrier.expect(bar, BYTES)
         tma.async_copy_global_to_shared(k_tma, [r, k_col], bar, k0.index(s))
         tma.async_copy_global_to_shared(k_tma, [r, k_col + 64], bar, k1.index(s))
-        tma.async_copy_global_to_shared(gates_tma, [t * 7 + 1, 0], bar, xs.index(s))
+        tma.async_copy_global_to_shared(gates_tma, [t * 7, 0], bar, xs.index(s))
         tma.async_copy_global_to_shared(v_tma, [r, v_col], bar, vs.index(s))
         tma.async_copy_global_to_shared(Y_tma, [t * 64, 0], bar, ys.index(s))
         if SCORES:
             tma.async_copy_global_to_shared(q_tma, [r, k_col], bar, q0.index(s))
             tma.async_copy_global_to_shared(q_tma, [r, k_col + 64], bar, q1.index(s))
-            tma.async_copy_global_to_shared(P_tma, [t * 64, 0], bar, ps.index(s))
+
+
+@gluon.jit
+def _scores(
+    n, length, scale, q0, q1, k0, k1, xs, ps, full, empty, ready,
+    STAGES: gl.constexpr, SLOTS: gl.constexpr, REVERSE: gl.constexpr,
+):  # fmt: skip
+    """Put the chunks' P into the tiles `ps` in turn; SLOTS is at most STAGES."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    row: gl.constexpr = gl.SliceLayout(1, mma)
+    col: gl.constexpr = gl.SliceLayout(0, mma)
+    i = gl.arange(0, 64, row)[:, None]
+    j = gl.arange(0, 64, col)[None, :]
+    for turn in range(0, n):
+        s = turn % STAGES
+        c = n - 1 - turn if REVERSE else turn
+        mbarrier.wait(full.index(s), (turn // STAGES) & 1)
+        x = gl.zeros([64, 64], gl.float32, mma)
+        x = warpgroup_mma(q0.index(s), k0.index(s).permute((1, 0)), x, use_acc=False, is_async=True)
+        x = warpgroup_mma(q1.index(s), k1.index(s).permute((1, 0)), x, is_async=True)
+        gates = xs.index(s).reshape([512])
+        decay = gates.slice(0, 64).load(row)[:, None] - gates.slice(0, 64).load(col)[None, :]
+        x = warpgroup_mma_wait(0, deps=[x])
+        x *= gl.exp2(decay)  # above the diagonal, where this may be infinite, it is not used
+        x *= (scale * gates.slice(384, 64).load(row))[:, None]
+        x *= gates.slice(320, 64).load(col)[None, :]
+        x = gl.where((i >= j) & (i < length - c * 64), x, 0.0)
+        # The chunk whose tile this was has been read.
+        before = turn - SLOTS
+        mbarrier.wait(empty.index((turn + STAGES - SLOTS) % STAGES), (before // STAGES) & 1, pred=before >= 0)
+        ps.index(turn % SLOTS).store(x.to(ps.dtype))
+        fence_async_shared()
+        barrier()
+        mbarrier.arrive(ready.index(turn % SLOTS), count=1)
+        mbarrier.arrive(empty.index(s), count=1)
+
+
+@gluon.jit
+def _free(empty, pred):
+    """Every warp is done with the last chunk's tiles, and what it stored has left shared memory."""
+    tma.store_wait(0)
+    barrier()
+    mbarrier.arrive(empty, count=1, pred=pred)
 
 
 @gluon.jit
 def _scan_consumer(
-    n, length, row, tile, tiles, v_col, o_tma, h_tma, last, initial, final, o,
-    k0, k1, q0, q1, vs, ys, ps, xs, outs, h0, h1, full, empty,
+    n, length, row, tile, tiles, v_col, before, chunks, o_tma, h_tma, initial, final, o,
+    k0, k1, q0, q1, vs, ys, ps, xs, outs, h0, h1, full, empty, ready,
     BV: gl.constexpr, STRIDE: gl.constexpr, INITIAL: gl.constexpr, OUTPUT: gl.constexpr, STAGES: gl.constexpr,
     WARPS: gl.constexpr,
 ):  # fmt: skip
@@ -157,26 +210,28 @@ def _scan_consumer(
     col: gl.constexpr = gl.SliceLayout(0, mma)
     dtype: gl.constexpr = k0.dtype
     zero = gl.zeros([BV, 64], gl.float32, mma)
-    if INITIAL:
+    NARROW: gl.constexpr = BV == 64  # then there are registers for more in flight
+    S0 = zero
+    S1 = zero
+    if before > 0:
+        S0 = _load_state(final, 0, BV, mma)
+        S1 = _load_state(final, 1, BV, mma)
+    elif INITIAL:
         S0 = _load_state(initial, 0, BV, mma)
         S1 = _load_state(initial, 1, BV, mma)
-    else:
-        S0 = zero
-        S1 = zero
-    # S in 16 bits, and scaled for the chunk to come: its product then adds to it in place.
     low0 = S0.to(dtype)
     low1 = S1.to(dtype)
-    if n > 0:
-        decay = gl.exp2(gl.load(last))
-        S0 = _scale(S0, decay)
-        S1 = _scale(S1, decay)
+    if not OUTPUT:
+        mbarrier.wait(full.index(0), 0, pred=n > 0)
+        decay = gl.where(n > 0, gl.exp2(xs.index(0).reshape([256]).slice(63, 1).load(col)), 1.0)
+        S0 = _scale(S0, decay[None, :])
+        S1 = _scale(S1, decay[None, :])
     out = gl.zeros([BV, 64], dtype, mma)
     for i in range(0, n):
         s = i % STAGES
         kk0 = k0.index(s)
         kk1 = k1.index(s)
-        gates = xs.index(s).reshape([256])
-        c_last = gl.load(last + gl.minimum(i + 1, n - 1).to(gl.int64) * (tiles * 448))
+        gates = xs.index(s).reshape([512 if OUTPUT else 256])
         A0 = gl.convert_layout(low0, left)
         A1 = gl.convert_layout(low1, left)
         mbarrier.wait(full.index(s), (i // STAGES) & 1)
@@ -188,97 +243,121 @@ def _scan_consumer(
             barrier()
         KS = warpgroup_mma(A0, kk0.permute((1, 0)), zero, use_acc=False, is_async=True)
         KS = warpgroup_mma(A1, kk1.permute((1, 0)), KS, is_async=True)
-        if OUTPUT:
+        if OUTPUT and NARROW:
             QS = warpgroup_mma(A0, q0.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
-        vv = _widen(vs.index(s).permute((1, 0)).load(mma))
-        gam = gates.slice(64, 64).load(col)
-        beta = gates.slice(0, 64).load(col)
-        tma.store_wait(0)
-        barrier()  # every warp is done with the last chunk's tiles, and what it stored has left shared memory
-        mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1, pred=i > 0)
-        # The last chunk's output, and this one's first state.
-        outs.permute((1, 0)).store(out)
-        if not OUTPUT:
-            h0.permute((1, 0)).store(low0)
-            h1.permute((1, 0)).store(low1)
-        fence_async_shared()
-        KS = warpgroup_mma_wait(1 if OUTPUT else 0, deps=[KS])
-        W = vv - gam[None, :] * KS
+        vv = vs.index(s).permute((1, 0)).load(mma)
+        if NARROW:
+            vv = _widen(vv)
+        gam = gates.slice(128, 64).load(col)
+        beta = gates.slice(64, 64).load(col)
+        if OUTPUT and not NARROW:  # now, while there are registers
+            _free(empty.index((i + STAGES - 1) % STAGES), i > 0)
+            outs.permute((1, 0)).store(out)
+            decay = gl.exp2(gates.slice(63, 1).load(col))
+            S0 = _scale(S0, decay[None, :])
+            S1 = _scale(S1, decay[None, :])
+        KS = warpgroup_mma_wait(1 if OUTPUT and NARROW else 0, deps=[KS])
+        W = vv.to(gl.float32) - gam[None, :] * KS
         A = gl.convert_layout((beta[None, :] * W).to(dtype), left)
         U = warpgroup_mma(A, ys.index(s).permute((1, 0)), W, is_async=True)
         if OUTPUT:
+            if not NARROW:
+                QS = warpgroup_mma(A0, q0.index(s).permute((1, 0)), zero, use_acc=False, is_async=True)
             QS = warpgroup_mma(A1, q1.index(s).permute((1, 0)), QS, is_async=True)
+        if OUTPUT and NARROW:
+            decay = gl.exp2(gates.slice(63, 1).load(col))
+            S0 = _scale(S0, decay[None, :])
+            S1 = _scale(S1, decay[None, :])
+        # The last chunk's output, and this one's first state.
+        if NARROW or not OUTPUT:
+            _free(empty.index((i + STAGES - 1) % STAGES), i > 0)
+            outs.permute((1, 0)).store(out)
+        if not OUTPUT:
+            h0.permute((1, 0)).store(low0)
+            h1.permute((1, 0)).store(low1)
+        rate = gates.slice(192, 64).load(col) * beta
+        U = warpgroup_mma_wait(1 if OUTPUT else 0, deps=[U])
+        A = gl.convert_layout((rate[None, :] * U).to(dtype), left)
+        S0 = warpgroup_mma(A, kk0, S0, is_async=True)
+        S1 = warpgroup_mma(A, kk1, S1, is_async=True)
+        fence_async_shared()
         barrier()
         # There is no chunk -1: nothing is stored to a row that does not exist.
         tma.async_copy_shared_to_global(o_tma, [gl.where(i > 0, row + i * 64 - 64, 1 << 30), v_col], outs)
-        if not OUTPUT:
+        if OUTPUT:
+            scale_gam = gates.slice(256, 64).load(col)
+            beta = gates.slice(64, 64).load(col)  # again, or the products with it are moved before those of S
+            U, QS = warpgroup_mma_wait(2, deps=[U, QS])
+            A = gl.convert_layout((beta[None, :] * U).to(dtype), left)
+            mbarrier.wait(ready.index(i % 2), (i // 2) & 1)
+            PV = warpgroup_mma(A, ps.index(i % 2).permute((1, 0)), scale_gam[None, :] * QS, is_async=True)
+            S0 = warpgroup_mma_wait(2, deps=[S0])
+            low0 = _narrow(S0, dtype)
+            S1 = warpgroup_mma_wait(1, deps=[S1])
+            low1 = _narrow(S1, dtype)
+            out = _narrow(warpgroup_mma_wait(0, deps=[PV]), dtype)
+        else:
             state = (tile + i * tiles) * 128
             tma.async_copy_shared_to_global(h_tma, [state, v_col % 128], h0)
             tma.async_copy_shared_to_global(h_tma, [state + 64, v_col % 128], h1)
-        rate = gates.slice(128, 64).load(col) * beta
-        U = warpgroup_mma_wait(1 if OUTPUT else 0, deps=[U])
-        A = gl.convert_layout((rate[None, :] * U).to(dtype), left)
-        if not OUTPUT:
             out = _narrow(U, dtype)
-        S0 = warpgroup_mma(A, kk0, S0, is_async=True)
-        S1 = warpgroup_mma(A, kk1, S1, is_async=True)
-        if OUTPUT:
-            scale_gam = gates.slice(192, 64).load(col)
-            beta = gates.slice(0, 64).load(col)  # again, or the products with it are moved before those of S
-            U, QS = warpgroup_mma_wait(2, deps=[U, QS])
-            A = gl.convert_layout((beta[None, :] * U).to(dtype), left)
-            PV = warpgroup_mma(A, ps.index(s).permute((1, 0)), scale_gam[None, :] * QS, is_async=True)
-        decay = gl.where(i + 1 < n, gl.exp2(c_last), 1.0)
-        S0 = warpgroup_mma_wait(2 if OUTPUT else 1, deps=[S0])
-        low0 = _narrow(S0, dtype)
-        S0 = _scale(S0, decay)
-        S1 = warpgroup_mma_wait(1 if OUTPUT else 0, deps=[S1])
-        low1 = _narrow(S1, dtype)
-        S1 = _scale(S1, decay)
-        if OUTPUT:
-            out = _narrow(warpgroup_mma_wait(0, deps=[PV]), dtype)
+            # Not in the shadow of a product, as above: ptxas would wait for that.
+            t = (i + 1) % STAGES
+            mbarrier.wait(full.index(t), ((i + 1) // STAGES) & 1, pred=i + 1 < n)
+            decay = gl.where(i + 1 < n, gl.exp2(xs.index(t).reshape([256]).slice(63, 1).load(col)), 1.0)
+            S0 = warpgroup_mma_wait(1, deps=[S0])
+            low0 = _narrow(S0, dtype)
+            S0 = _scale(S0, decay[None, :])
+            S1 = warpgroup_mma_wait(0, deps=[S1])
+            low1 = _narrow(S1, dtype)
+            S1 = _scale(S1, decay[None, :])
     tma.store_wait(0)
     if n > 0:
         barrier()
         outs.permute((1, 0)).store(out)
         barrier()
         _store_rows(outs, o + (n - 1).to(gl.int64) * (64 * STRIDE), STRIDE, length - (n - 1) * 64, BV, WARPS)
-    if OUTPUT:
+    if OUTPUT and ((n > 0) | (chunks == 0)):
         _store_state(final, S0, 0, BV, mma)
         _store_state(final, S1, 1, BV, mma)
 
 
-@gluon.jit(do_not_specialize=["T"])
+@gluon.jit(do_not_specialize=["T", "first", "end"])
 def _scan_kernel(
-    q_tma, k_tma, v_tma, Y_tma, P_tma, gates_tma, o_tma, h_tma, gates, initial, final, o, cu, first_chunk, T,
+    q_tma, k_tma, v_tma, Y_tma, gates_tma, o_tma, h_tma, initial, final, o, cu, first_chunk, T, first, end, scale,
     HK: gl.constexpr, HV: gl.constexpr, BV: gl.constexpr, DOCUMENTS: gl.constexpr, INITIAL: gl.constexpr,
     OUTPUT: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Forward: o and the final states (OUTPUT), or the chunks' first states h and U (to o)."""
+    """Forward: o and the final states (OUTPUT), or the chunks' first states h and U (to o), of a range of chunks.
+
+    A sequence that began before the range goes on from `final`.
+    """
     NV: gl.constexpr = 128 // BV
     dtype: gl.constexpr = k_tma.dtype
-    BYTES: gl.constexpr = (6 if OUTPUT else 3) * 8192 + 128 * BV + 1024
+    GATES: gl.constexpr = 8 if OUTPUT else 4  # rows of gates: what the scan has no use for comes last
+    BYTES: gl.constexpr = (5 if OUTPUT else 3) * 8192 + 128 * BV + 256 * GATES
     pid = gl.program_id(0)
     hv = (pid // NV) % HV
     k_col = hv // (HV // HK) * 128
     v_col = hv * 128 + pid % NV * BV
     start, length, chunk = _sequence(pid // (NV * HV), cu, first_chunk, T, DOCUMENTS)
+    chunks = (length + 63) // 64
+    start, length, chunk, before = _in_range(start, length, chunk, first, end)
     n = (length + 63) // 64
     tile = chunk * HV + hv
     state = (pid // NV).to(gl.int64) * (128 * 128) + pid % NV * BV
-    last = gates + tile.to(gl.int64) * 448 + 63
     k0 = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], k_tma.layout)
     k1 = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], k_tma.layout)
     vs = gl.allocate_shared_memory(dtype, [STAGES, 64, BV], v_tma.layout)
     ys = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], Y_tma.layout)
-    xs = gl.allocate_shared_memory(gl.float32, [STAGES, 4, 64], gates_tma.layout)
+    xs = gl.allocate_shared_memory(gl.float32, [STAGES, GATES, 64], gates_tma.layout)
     outs = gl.allocate_shared_memory(dtype, [64, BV], o_tma.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     if OUTPUT:
         q0 = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], q_tma.layout)
         q1 = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], q_tma.layout)
-        ps = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], P_tma.layout)
+        ps = gl.allocate_shared_memory(dtype, [2, 64, 64], Y_tma.layout)
         h0 = outs
         h1 = outs
     else:
@@ -287,28 +366,45 @@ def _scan_kernel(
         ps = ys
         h0 = gl.allocate_shared_memory(dtype, [64, BV], h_tma.layout)
         h1 = gl.allocate_shared_memory(dtype, [64, BV], h_tma.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2 if OUTPUT else 1)
+    for slot in gl.static_range(2):
+        mbarrier.init(ready.index(slot), count=1)
     fence_async_shared()
     barrier()
-    gl.warp_specialize([
-        (_scan_consumer, (
-            n, length, start, tile, HV, v_col, o_tma, h_tma, last, initial + state, final + state,
-            o + start.to(gl.int64) * (HV * 128) + v_col, k0, k1, q0, q1, vs, ys, ps, xs, outs, h0, h1, full, empty,
-            BV, HV * 128, INITIAL, OUTPUT, STAGES, WARPS,
-        )),
-        (_producer, (
-            n, start, tile, HV, k_col, v_col, q_tma, k_tma, v_tma, Y_tma, P_tma, gates_tma,
-            k0, k1, q0, q1, vs, ys, ps, xs, full, empty, OUTPUT, STAGES, BYTES, False,
-        )),
-    ], [1], [24])  # fmt: skip
+    if OUTPUT:
+        gl.warp_specialize([
+            (_scan_consumer, (
+                n, length, start, tile, HV, v_col, before, chunks, o_tma, h_tma, initial + state, final + state,
+                o + start.to(gl.int64) * (HV * 128) + v_col, k0, k1, q0, q1, vs, ys, ps, xs, outs, h0, h1,
+                full, empty, ready, BV, HV * 128, INITIAL, OUTPUT, STAGES, WARPS,
+            )),
+            (_scores, (n, length, scale, q0, q1, k0, k1, xs, ps, full, empty, ready, STAGES, 2, False)),
+            (_producer, (
+                n, start, tile, HV, k_col, v_col, q_tma, k_tma, v_tma, Y_tma, gates_tma,
+                k0, k1, q0, q1, vs, ys, xs, full, empty, OUTPUT, STAGES, BYTES, False,
+            )),
+        ], [4, 1], [SCORES, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_scan_consumer, (
+                n, length, start, tile, HV, v_col, before, chunks, o_tma, h_tma, initial + state, final + state,
+                o + start.to(gl.int64) * (HV * 128) + v_col, k0, k1, q0, q1, vs, ys, ps, xs, outs, h0, h1,
+                full, empty, ready, BV, HV * 128, INITIAL, OUTPUT, STAGES, WARPS,
+            )),
+            (_producer, (
+                n, start, tile, HV, k_col, v_col, q_tma, k_tma, v_tma, Y_tma, gates_tma,
+                k0, k1, q0, q1, vs, ys, xs, full, empty, OUTPUT, STAGES, BYTES, False,
+            )),
+        ], [1], [24])  # fmt: skip
 
 
 @gluon.jit
 def _reverse_scan_consumer(
-    n, length, row, tile, tiles, v_col, z_tma, dh_tma, last, d_final, d_initial, z,
-    k0, k1, q0, q1, ds, ys, ps, xs, outs, h0, h1, full, empty,
+    n, length, row, tile, tiles, v_col, z_tma, dh_tma, d_final, d_initial, z,
+    k0, k1, q0, q1, ds, ys, ps, xs, outs, h0, h1, full, empty, ready,
     BV: gl.constexpr, STRIDE: gl.constexpr, FINAL: gl.constexpr, INITIAL: gl.constexpr, STAGES: gl.constexpr,
     WARPS: gl.constexpr,
 ):  # fmt: skip
@@ -328,10 +424,8 @@ def _reverse_scan_consumer(
     low1 = S1.to(dtype)
     tail = length % 64
     PG = zero
+    G = gl.convert_layout(low0, left)
     if n > 0:
-        decay = gl.exp2(gl.load(last + (n - 1).to(gl.int64) * (tiles * 448)))
-        S0 = _scale(S0, decay)
-        S1 = _scale(S1, decay)
         mbarrier.wait(full.index(0), 0)
         if tail > 0:
             _zero_rows(k0.index(0), tail, 64, WARPS)
@@ -341,38 +435,44 @@ def _reverse_scan_consumer(
             _zero_rows(ds.index(0), tail, BV, WARPS)
             fence_async_shared()
             barrier()
-        G = gl.convert_layout(ds.index(0).permute((1, 0)).load(mma), left)
-        PG = warpgroup_mma(G, ps.index(0), zero, use_acc=False)
+        grad = ds.index(0).permute((1, 0)).load(mma)
+        scale_gam = xs.index(0).reshape([512]).slice(256, 64).load(col)
+        G = gl.convert_layout((scale_gam[None, :] * grad.to(gl.float32)).to(dtype), left)
+        mbarrier.wait(ready.index(0), 0)
+        PG = warpgroup_mma(gl.convert_layout(grad, left), ps.index(0), zero, use_acc=False)
     out = gl.zeros([BV, 64], dtype, mma)
     for i in range(0, n):
         s = i % STAGES
         c = n - 1 - i
         kk0 = k0.index(s)
         kk1 = k1.index(s)
-        gates = xs.index(s).reshape([256])
-        c_last = gl.load(last + gl.maximum(c - 1, 0).to(gl.int64) * (tiles * 448))
+        gates = xs.index(s).reshape([512])
         A0 = gl.convert_layout(low0, left)
         A1 = gl.convert_layout(low1, left)
         KS = warpgroup_mma(A0, kk0.permute((1, 0)), zero, use_acc=False, is_async=True)
         KS = warpgroup_mma(A1, kk1.permute((1, 0)), KS, is_async=True)
-        scale_gam = gates.slice(192, 64).load(col)
-        grad = _widen(ds.index(s).permute((1, 0)).load(mma))
-        G = gl.convert_layout((scale_gam[None, :] * grad).to(dtype), left)
+        decay = gl.exp2(gates.slice(63, 1).load(col))
+        S0 = _scale(S0, decay[None, :])
+        S1 = _scale(S1, decay[None, :])
         S0 = warpgroup_mma(G, q0.index(s), S0, is_async=True)
-        tma.store_wait(0)
-        barrier()  # as in the forward scan
-        mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1, pred=i > 0)
-        outs.permute((1, 0)).store(out)
-        h0.permute((1, 0)).store(low0)
-        h1.permute((1, 0)).store(low1)
-        fence_async_shared()
-        dec = gates.slice(128, 64).load(col)
-        beta = gates.slice(0, 64).load(col)
+        dec = gates.slice(192, 64).load(col)
+        beta = gates.slice(64, 64).load(col)
         KS = warpgroup_mma_wait(1, deps=[KS])
         d_new = dec[None, :] * KS + PG
         A = gl.convert_layout((beta[None, :] * d_new).to(dtype), left)
         Z = warpgroup_mma(A, ys.index(s), d_new, is_async=True)
         S1 = warpgroup_mma(G, q1.index(s), S1, is_async=True)
+        _free(empty.index((i + STAGES - 1) % STAGES), i > 0)
+        outs.permute((1, 0)).store(out)
+        h0.permute((1, 0)).store(low0)
+        h1.permute((1, 0)).store(low1)
+        rate = -gates.slice(128, 64).load(col) * beta
+        Z = warpgroup_mma_wait(1, deps=[Z])
+        A = gl.convert_layout((rate[None, :] * Z).to(dtype), left)
+        S0 = warpgroup_mma(A, kk0, S0, is_async=True)
+        S1 = warpgroup_mma(A, kk1, S1, is_async=True)
+        out = _narrow(Z, dtype)
+        fence_async_shared()
         barrier()
         # A tail's Z is stored below.
         stored = (i > 1) | ((i == 1) & (tail == 0))
@@ -380,24 +480,18 @@ def _reverse_scan_consumer(
         state = (tile + c * tiles) * 128
         tma.async_copy_shared_to_global(dh_tma, [state, v_col % 128], h0)
         tma.async_copy_shared_to_global(dh_tma, [state + 64, v_col % 128], h1)
-        rate = -gates.slice(64, 64).load(col) * beta
-        Z = warpgroup_mma_wait(1, deps=[Z])
-        A = gl.convert_layout((rate[None, :] * Z).to(dtype), left)
-        out = _narrow(Z, dtype)
-        S0 = warpgroup_mma(A, kk0, S0, is_async=True)
-        S1 = warpgroup_mma(A, kk1, S1, is_async=True)
-        # P^T dO of the next chunk (behind the last one: of anything, and unused).
+        # P^T dO and scale gam dO of the next chunk (behind the last one: of anything, and unused).
         t = (i + 1) % STAGES
         mbarrier.wait(full.index(t), ((i + 1) // STAGES) & 1, pred=c > 0)
-        G = gl.convert_layout(ds.index(t).permute((1, 0)).load(mma), left)
-        PG = warpgroup_mma(G, ps.index(t), zero, use_acc=False, is_async=True)
-        decay = gl.where(c > 0, gl.exp2(c_last), 1.0)
+        grad = ds.index(t).permute((1, 0)).load(mma)
+        scale_gam = xs.index(t).reshape([512]).slice(256, 64).load(col)
+        mbarrier.wait(ready.index((i + 1) % 3), ((i + 1) // 3) & 1, pred=c > 0)
+        PG = warpgroup_mma(gl.convert_layout(grad, left), ps.index((i + 1) % 3), zero, use_acc=False, is_async=True)
+        G = gl.convert_layout((scale_gam[None, :] * grad.to(gl.float32)).to(dtype), left)
         S0 = warpgroup_mma_wait(2, deps=[S0])
         low0 = _narrow(S0, dtype)
-        S0 = _scale(S0, decay)
         S1 = warpgroup_mma_wait(1, deps=[S1])
         low1 = _narrow(S1, dtype)
-        S1 = _scale(S1, decay)
         PG = warpgroup_mma_wait(0, deps=[PG])
         if (c == 0) | ((i == 0) & (tail > 0)):
             valid = gl.minimum(length - c * 64, 64)
@@ -415,14 +509,14 @@ def _reverse_scan_consumer(
 
 @gluon.jit(do_not_specialize=["T"])
 def _reverse_scan_kernel(
-    q_tma, k_tma, do_tma, Y_tma, P_tma, gates_tma, z_tma, dh_tma, gates, d_final, d_initial, z, cu, first_chunk, T,
+    q_tma, k_tma, do_tma, Y_tma, gates_tma, z_tma, dh_tma, d_final, d_initial, z, cu, first_chunk, T, scale,
     HK: gl.constexpr, HV: gl.constexpr, BV: gl.constexpr, DOCUMENTS: gl.constexpr, FINAL: gl.constexpr,
     INITIAL: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Backward: the gradient of the state after each chunk (dh), Z, and the gradient of the initial states."""
     NV: gl.constexpr = 128 // BV
     dtype: gl.constexpr = k_tma.dtype
-    BYTES: gl.constexpr = 6 * 8192 + 128 * BV + 1024
+    BYTES: gl.constexpr = 5 * 8192 + 128 * BV + 2048
     pid = gl.program_id(0)
     hv = (pid // NV) % HV
     k_col = hv // (HV // HK) * 128
@@ -431,36 +525,39 @@ def _reverse_scan_kernel(
     n = (length + 63) // 64
     tile = chunk * HV + hv
     state = (pid // NV).to(gl.int64) * (128 * 128) + pid % NV * BV
-    last = gates + tile.to(gl.int64) * 448 + 63
     k0 = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], k_tma.layout)
     k1 = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], k_tma.layout)
     q0 = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], q_tma.layout)
     q1 = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], q_tma.layout)
     ds = gl.allocate_shared_memory(dtype, [STAGES, 64, BV], do_tma.layout)
     ys = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], Y_tma.layout)
-    ps = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], P_tma.layout)
-    xs = gl.allocate_shared_memory(gl.float32, [STAGES, 4, 64], gates_tma.layout)
+    ps = gl.allocate_shared_memory(dtype, [3, 64, 64], Y_tma.layout)
+    xs = gl.allocate_shared_memory(gl.float32, [STAGES, 8, 64], gates_tma.layout)
     outs = gl.allocate_shared_memory(dtype, [64, BV], z_tma.layout)
     h0 = gl.allocate_shared_memory(dtype, [64, BV], dh_tma.layout)
     h1 = gl.allocate_shared_memory(dtype, [64, BV], dh_tma.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
+    for slot in gl.static_range(3):
+        mbarrier.init(ready.index(slot), count=1)
     fence_async_shared()
     barrier()
     gl.warp_specialize([
         (_reverse_scan_consumer, (
-            n, length, start, tile, HV, v_col, z_tma, dh_tma, last, d_final + state, d_initial + state,
-            z + start.to(gl.int64) * (HV * 128) + v_col, k0, k1, q0, q1, ds, ys, ps, xs, outs, h0, h1, full, empty,
-            BV, HV * 128, FINAL, INITIAL, STAGES, WARPS,
+            n, length, start, tile, HV, v_col, z_tma, dh_tma, d_final + state, d_initial + state,
+            z + start.to(gl.int64) * (HV * 128) + v_col, k0, k1, q0, q1, ds, ys, ps, xs, outs, h0, h1,
+            full, empty, ready, BV, HV * 128, FINAL, INITIAL, STAGES, WARPS,
         )),
+        (_scores, (n, length, scale, q0, q1, k0, k1, xs, ps, full, empty, ready, STAGES, 3, True)),
         (_producer, (
-            n, start, tile, HV, k_col, v_col, q_tma, k_tma, do_tma, Y_tma, P_tma, gates_tma,
-            k0, k1, q0, q1, ds, ys, ps, xs, full, empty, True, STAGES, BYTES, True,
+            n, start, tile, HV, k_col, v_col, q_tma, k_tma, do_tma, Y_tma, gates_tma,
+            k0, k1, q0, q1, ds, ys, xs, full, empty, True, STAGES, BYTES, True,
         )),
-    ], [1], [24])  # fmt: skip
+    ], [4, 1], [SCORES, 24])  # fmt: skip
 
 
 def serves(p: Problem, *rows: Tensor) -> bool:
@@ -488,10 +585,13 @@ def descriptor(x: Tensor, rows: int, cols: int) -> TensorDescriptor:
 
 
 def launch_scan(
-    p: Problem, gates: Tensor, Y: Tensor, P: Tensor | None, initial: Tensor | None, final: Tensor | None, o: Tensor,
-    h: Tensor | None,
+    p: Problem, gates: Tensor, Y: Tensor, scale: float, initial: Tensor | None, final: Tensor | None, o: Tensor,
+    h: Tensor | None, chunks: tuple[int, int] | None = None,
 ) -> None:  # fmt: skip
-    """Forward's scan (P and final given: o is the output) or backward's recomputation (h given: o receives U)."""
+    """Forward's scan (final given: o is the output) or backward's recomputation (h given: o receives U).
+
+    `chunks` is a range of chunks, the first of which goes on from `final`.
+    """
     c = p.constants
     # Wide slices read less, narrow ones fill the card where there are few sequences and heads.
     BV, stages = (128, 2) if p.num_sequences * c["HV"] >= NUM_SMS else (64, 3)
@@ -499,28 +599,28 @@ def launch_scan(
     # A kernel takes no None: what a mode has no use for is another tensor of its kind.
     _scan_kernel[(p.num_sequences * c["HV"] * (128 // BV),)](
         *(descriptor(x, 64, 64) for x in (p.q, p.k)), descriptor(p.v, 64, BV),
-        *(descriptor(x, 64, 64) for x in (Y, Y if P is None else P)), descriptor(gates, 4, 64),
+        descriptor(Y, 64, 64), descriptor(gates, 8 if h is None else 4, 64),
         descriptor(rows, 64, BV), descriptor(rows if h is None else h, 64, BV),
-        gates, gates if initial is None else initial, gates if final is None else final, o,
+        gates if initial is None else initial, gates if final is None else final, o,
         gates if p.cu is None else p.cu, gates if p.cu is None else p.first_chunk, p.length,
+        *(chunks or (0, p.num_chunks)), scale,
         HK=c["HK"], HV=c["HV"], BV=BV, DOCUMENTS=p.cu is not None, INITIAL=initial is not None, OUTPUT=h is None,
         STAGES=stages, WARPS=BV // 16, num_warps=BV // 16,
     )  # fmt: skip
 
 
 def launch_reverse_scan(
-    p: Problem, grad: Tensor, gates: Tensor, Y: Tensor, P: Tensor, d_final: Tensor | None, d_initial: Tensor, z: Tensor,
-    dh: Tensor,
+    p: Problem, grad: Tensor, gates: Tensor, Y: Tensor, scale: float, d_final: Tensor | None, d_initial: Tensor,
+    z: Tensor, dh: Tensor,
 ) -> None:  # fmt: skip
     """Write z, dh and, where it is not empty, d_initial; `grad` is the gradient of o, [N, HV, V]."""
     c = p.constants
     BV, stages = 64, 3
     _reverse_scan_kernel[(p.num_sequences * c["HV"] * (128 // BV),)](
         *(descriptor(x, 64, 64) for x in (p.q, p.k)), descriptor(grad, 64, BV),
-        *(descriptor(x, 64, 64) for x in (Y, P)), descriptor(gates, 4, 64),
-        descriptor(z.flatten(0, 1), 64, BV), descriptor(dh, 64, BV),
-        gates, gates if d_final is None else d_final, d_initial if d_initial.numel() else gates, z,
-        gates if p.cu is None else p.cu, gates if p.cu is None else p.first_chunk, p.length,
+        descriptor(Y, 64, 64), descriptor(gates, 8, 64), descriptor(z.flatten(0, 1), 64, BV), descriptor(dh, 64, BV),
+        gates if d_final is None else d_final, d_initial if d_initial.numel() else gates, z,
+        gates if p.cu is None else p.cu, gates if p.cu is None else p.first_chunk, p.length, scale,
         HK=c["HK"], HV=c["HV"], BV=BV, DOCUMENTS=p.cu is not None, FINAL=d_final is not None,
         INITIAL=d_initial.numel() > 0, STAGES=stages, WARPS=BV // 16, num_warps=BV // 16,
     )  # fmt: skip

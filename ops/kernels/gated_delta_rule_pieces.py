@@ -3,8 +3,8 @@
 
 A piece takes the state S in front of it to M S + H: H is the state behind it that starts from none, M its transition.
 So all pieces are walked at once for H and M, the states in front of them follow by a short walk over pieces, and with
-these all pieces are walked at once again. Backward is the same with M^T, from the end (Martin and Cundy 2018, parallel
-scans of linear recurrences).
+these all pieces are walked at once again (Martin and Cundy 2018, parallel scans of linear recurrences). Backward goes
+uncut: its two scans share the card already, and M^T with two more walks took as long.
 """
 
 from __future__ import annotations
@@ -63,12 +63,8 @@ def _pieces_kernel(
 def _fold_kernel(
     H, M, first, starts, last, first_piece,
     HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, FIRST: tl.constexpr,
-    LAST: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """starts[i] = S, S <- M[i] S + H[i] over the pieces of a sequence, from `first` (zeros without) to `last`.
-
-    REVERSE walks from the last piece to the first, with M^T.
-    """
+    """starts[i] = S, S <- M[i] S + H[i] over the pieces of a sequence, from `first` (zeros without) to `last`."""
     NV: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0)
     n = pid // (NV * HV)
@@ -83,14 +79,12 @@ def _fold_kernel(
     count = tl.load(first_piece + n + 1) - begin
     S = tl.load(first + sequence + tile, mask=inside, other=0.0) if FIRST else tl.zeros([BK, BV], tl.float32)
     for i in range(count):
-        at = (begin + (count - 1 - i if REVERSE else i)).to(tl.int64) * HV + hv
+        at = (begin + i).to(tl.int64) * HV + hv
         tl.store(starts + at * (K * V) + tile, S, mask=inside)
-        matrix = rows[:, None] + rows[None, :] * K if REVERSE else rows[:, None] * K + rows[None, :]
-        by = tl.load(M + at * (K * K) + matrix, mask=square, other=0.0)
+        by = tl.load(M + at * (K * K) + rows[:, None] * K + rows[None, :], mask=square, other=0.0)
         added = tl.load(H + at * (K * V) + tile, mask=inside, other=0.0)
         S = tl.dot(by, S, acc=added, input_precision="tf32x3")
-    if LAST:
-        tl.store(last + sequence + tile, S, mask=inside)
+    tl.store(last + sequence + tile, S, mask=inside)
 
 
 def cut(p: Problem, pieces: int) -> tuple[Problem, Tensor]:
@@ -116,9 +110,7 @@ def cut(p: Problem, pieces: int) -> tuple[Problem, Tensor]:
     return cut_, first_piece
 
 
-def fold(
-    p: Problem, first_piece: Tensor, H: Tensor, M: Tensor, first: Tensor | None, last: Tensor | None, reverse: bool
-) -> Tensor:
+def fold(p: Problem, first_piece: Tensor, H: Tensor, M: Tensor, first: Tensor | None, last: Tensor) -> Tensor:
     """The states [pieces, HV, K, V] that the pieces start from; `p` is the uncut problem, `last` is written.
 
     H [pieces, HV, K, V] and M [pieces, HV, K, K] are fp32.
@@ -128,6 +120,6 @@ def fold(
     BV = 32
     _fold_kernel[(p.num_sequences * c["HV"] * -(-c["V"] // BV),)](
         H, M, first, starts, last, first_piece, HV=c["HV"], K=c["K"], V=c["V"], BK=c["BK"], BV=BV,
-        FIRST=first is not None, LAST=last is not None, REVERSE=reverse, num_warps=8,
+        FIRST=first is not None, num_warps=8,
     )  # fmt: skip
     return starts
