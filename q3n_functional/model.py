@@ -152,14 +152,29 @@ def multi_token_prediction(
     """Hidden states [B, T, D] from which the shared head predicts the token after the next.
 
     At t it sees h_t and the embedding of token t+1 of the same document (DeepSeek-V3, section 2.2; names as in the
-    published checkpoint). Where a document has no such token the result means nothing and is never a target.
+    published checkpoint). Where a document has no such token the result means nothing and is never a target. With
+    `parallel`, `p` are the rank's shards, and `embed_tokens` is gathered.
     """
+    layouts = None if parallel is None else cast(MultiTokenPrediction, parallel.layouts.mtp)
     shared = context(tokens_BT, documents, None, config)._replace(valid_BT=_has_next(tokens_BT, documents))
     shared = on_ranks(shared, tokens_BT, parallel, config=config)
     next_BT = piece(shift(tokens_BT, documents, 1, 0), parallel)
+    p = _around_layer(p, layouts, parallel)
     x_BTD = with_next(p, h_BTD, embed(next_BT, embed_tokens, parallel), config=config)
-    x_BTD, statistics = layer(p.layer, x_BTD, shared, config=config, recompute=recompute)
+    x_BTD, statistics = layer(
+        p.layer, x_BTD, shared, None if layouts is None else layouts.layer, config=config, recompute=recompute
+    )
     return rms_norm(x_BTD, p.norm, config.rms_norm_eps), statistics
+
+
+def _around_layer(
+    p: MultiTokenPrediction, layouts: MultiTokenPrediction | None, parallel: Parallel | None
+) -> MultiTokenPrediction:
+    """The prediction module with all but its layer as it is used."""
+    if layouts is None:
+        return p
+    nothing: Any = ()
+    return whole(p._replace(layer=nothing), layouts._replace(layer=nothing), parallel)._replace(layer=p.layer)
 
 
 def with_next(p: MultiTokenPrediction, h_BTD: Tensor, e_BTD: Tensor, *, config: Config) -> Tensor:
@@ -206,7 +221,7 @@ def layer(
 ) -> tuple[Tensor, RouterStatistics | None]:
     """A layer as `loss` runs it: no state comes in or out, and backward computes again what `recompute` says.
 
-    With `layouts`, `p` are the rank's shards, which are gathered here, and gathered again where they are recomputed.
+    With `layouts`, `p` are the rank's shards, which are gathered here and again in backward.
     """
 
     def run(p: DecoderLayer, x_BTD: Tensor, shared: Context) -> tuple[Tensor, RouterStatistics | None]:
@@ -214,7 +229,8 @@ def layer(
         y_BTD, _, statistics = decoder_layer(p, x_BTD, shared, None, config=config)
         return y_BTD, statistics
 
-    return recomputed(recompute, run, p, x_BTD, shared)
+    shards = "" if layouts is None or shared.parallel is None else shared.parallel.fsdp.group
+    return recomputed(recompute, run, p, x_BTD, shared, shards=shards)
 
 
 def finish(
@@ -240,9 +256,9 @@ def finish(
     main = cross_entropy(h_BTD, head_VD, first_BT, z_loss_coef, parallel)
     total, mtp = main.total / totals[0], torch.zeros_like(main.cross_entropy)
     if isinstance(params.mtp, MultiTokenPrediction):
-        mtp_params, table_VD = _outer(params, "mtp", parallel), _outer(params, "embed_tokens", parallel)
+        table_VD = _outer(params, "embed_tokens", parallel)
         h2_BTD, new = multi_token_prediction(
-            mtp_params, table_VD, h_BTD, tokens_BT, documents, parallel, config=config, recompute=recompute
+            params.mtp, table_VD, h_BTD, tokens_BT, documents, parallel, config=config, recompute=recompute
         )
         statistics = [*statistics, *([] if new is None else [new])]
         second = cross_entropy(h2_BTD, head_VD, second_BT, 0.0, parallel)

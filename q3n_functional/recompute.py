@@ -6,6 +6,7 @@ Letters: B batch, T time, D model width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -38,24 +39,42 @@ SAVED = frozenset(
 )
 """Operators whose results selective recomputation keeps: costly ones. Norms, convolutions, gates come again."""
 
+BEHIND_GATHERS = frozenset({_collective.wait_tensor.default, _aten.cat.default, _aten._to_copy.default})
+"""Operators that make a whole parameter of what was gathered. They cost little where they do something else."""
 
-def recomputed(policy: Recompute, function: Callable[..., T], *arguments: Any) -> T:
+
+def recomputed(policy: Recompute, function: Callable[..., T], *arguments: Any, shards: str = "") -> T:
     """`function(*arguments)`, whose intermediate results are kept for backward as `policy` says.
+
+    What it gathers from the group of ranks called `shards` is gathered again in backward whatever the policy: kept, the
+    whole parameters would be in memory, and nothing shared out (Rajbhandari et al. 2020, ZeRO stage 3).
 
     Works eagerly and, traced into a graph whose gradient is taken outside it, compiled: there the partitioner obeys.
     (Chen et al. 2016, "Training deep nets with sublinear memory cost"; selective: Korthikanti et al. 2022.)
     """
-    if policy == "none":
+    if policy == "none" and not shards:
         return function(*arguments)
-    options: dict[str, Any] = {"context_fn": _contexts} if policy == "selective" else {}
+    options: dict[str, Any] = {}
+    if policy != "full":
+        choose = _selective if policy == "selective" else partial(_all_but_gathered, shards)
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, choose)
     # Nothing here draws random numbers.
     result: T = checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
     return result
 
 
-def _contexts() -> Any:
-    return create_selective_checkpoint_contexts(_choose)
-
-
-def _choose(context: Any, op: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
+def _selective(context: Any, op: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if op in SAVED else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _all_but_gathered(shards: str, context: Any, op: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
+    if op == _collective.all_gather_into_tensor.default:
+        own = arguments[2] == shards
+        return CheckpointPolicy.MUST_RECOMPUTE if own else CheckpointPolicy.MUST_SAVE
+    if op in SAVED:
+        return CheckpointPolicy.MUST_SAVE
+    # A view holds what it looks at.
+    if op in BEHIND_GATHERS or op.is_view:
+        return CheckpointPolicy.PREFER_RECOMPUTE
+    # Compiled, the partitioner is free in what it saves of the rest.
+    return CheckpointPolicy.PREFER_SAVE

@@ -1,0 +1,122 @@
+"""What ranks exchange in a step, pinned; and that whole parameters do not outlive the layer that uses them."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.utils._pytree as pytree
+from expecttest import assert_expected_inline
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from q3n_functional import model
+from q3n_functional.layers import context, on_ranks
+from q3n_functional.parallel import mesh, placement, rules
+from tests.configs import perturbed, small, trainable
+from tests.runs import torchrun
+
+GATHER = "all_gather_into_tensor"
+VIEWS = ("wait_tensor", "cat", "split", "getitem", "view", "t", "permute", "transpose")
+    "all_gather_into_tensor",
+    ("wait_tensor", "cat", "split", "getitem", "view", "t", "permute", "transpose"),
+)
+
+
+def test_collectives_of_a_step():
+    """Columns: forward, backward, update. Two layers and the prediction module, no documents."""
+    done = torchrun(2, "tests.count_ranks")
+    assert done.returncode == 0, done.stderr
+    # All layers' parameters are gathered twice; the head's and the prediction module's are used last and first.
+    assert_expected_inline(
+        done.stdout,
+        """\
+dp=2
+  all_gather_into_tensor fsdp         48   44    0
+  reduce_scatter_tensor  fsdp          0   48    0
+  all_reduce             fsdp          0   17    0
+  all_reduce             tokens        2    1    0
+  all_reduce             world         2    0    1
+  gathered 53, kept 2
+replicate=2
+  all_reduce             replicate     0   65    0
+  all_reduce             tokens        2    1    0
+  all_reduce             world         2    0    1
+tp=2
+  all_gather_into_tensor tp            8    8    0
+  reduce_scatter_tensor  tp            8    8    0
+  all_reduce             tp            4   24    0
+  all_reduce             world         2    0    1
+tp=2 without sequence
+  all_reduce             tp           12   32    0
+  all_reduce             world         2    0    1
+cp=2
+  all_gather_into_tensor cp            6    0    0
+  all_gather_into_tensor fsdp         48   44    0
+  reduce_scatter_tensor  cp            0    6    0
+  reduce_scatter_tensor  fsdp          0   48    0
+  all_reduce             fsdp          0   17    0
+  all_reduce             tokens        2    1    0
+  all_reduce             world         2    0    1
+  gathered 53, kept 2
+ep=2
+  all_reduce             ep            0   56    0
+  all_reduce             tokens        2    1    0
+  all_reduce             world         2    0    1
+  all_to_all_single      ep           12    6    0
+""",
+    )
+
+
+@pytest.fixture
+def two_ranks():
+    """One of two ranks, of which the other is not there."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    dist.destroy_process_group()
+
+
+def graphs(policy):
+    """The compiled graphs of a layer's forward and backward on one of two fsdp ranks."""
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+
+    config = small(num_hidden_layers=1, layer_types=("full_attention",), num_nextn_predict_layers=0)
+    layout = mesh.parse("dp=2")
+    places = rules.layouts(config, layout)
+    parallel = placement.connect(layout, places, torch.float32, torch.device("cpu"))
+    tree = trainable(rules.shard(perturbed(config), places, layout.coordinates(0)))
+    tokens = torch.randint(64, (1, 32))
+    shared = on_ranks(context(tokens, None, None, config), tokens, parallel, config=config)
+    found = []
+
+    def keep(graph, _):
+        found.append(graph.graph)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+    torch._dynamo.reset()
+    layer = torch.compile(model.layer, fullgraph=True, backend=backend)
+    x = torch.randn(1, 32, config.hidden_size, requires_grad=True)
+    y, _ = layer(tree.layers[0], x, shared, places.layers[0], config=config, recompute=policy)
+    y.sum().backward()
+    torch._dynamo.reset()
+    return found
+
+
+def gathers(graph):
+    return [node for node in graph.nodes if GATHER in str(node.target)]
+
+
+@pytest.mark.usefixtures("two_ranks")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo does, and tells itself
+@pytest.mark.parametrize("policy", ["none", "selective", "full"])
+def test_compiled_layers_gather_their_parameters_again(policy):
+    forward, backward = graphs(policy)
+    assert len(gathers(forward)) == 13
+    assert len(gathers(backward)) == 13
+    (outputs,) = (node.args[0] for node in forward.nodes if node.op == "output")
+    whole = set(gathers(forward))
+    for node in forward.nodes:
+        name = getattr(node.target, "__name__", str(node.target)).partition(".")[0]
+        if name in VIEWS and whole & {n for n in pytree.tree_leaves(node.args) if isinstance(n, torch.fx.Node)}:
+            whole.add(node)
+    assert len(whole) > 2 * 13
+    assert not whole & set(outputs)
