@@ -15,9 +15,6 @@ from tests.runs import torchrun
 
 GATHER = "all_gather_into_tensor"
 VIEWS = ("wait_tensor", "cat", "split", "getitem", "view", "t", "permute", "transpose")
-    "all_gather_into_tensor",
-    ("wait_tensor", "cat", "split", "getitem", "view", "t", "permute", "transpose"),
-)
 
 
 def test_collectives_of_a_step():
