@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from q3n_functional.ops.kernels.gated_delta_rule import Problem
 
 SCORES = gl.constexpr(72)  # registers of the warps that compute P
+LAYOUTS = {2: gl.NVMMASharedLayout(128, 16, 2), 4: gl.NVMMASharedLayout(0, 32, 2)}  # made once: hosts may be slow
+"""Of tiles in shared memory, by the bytes of an element."""
 NUM_SMS = 132  # of the card that the choices here were measured on
 # Triton 3.7 has another name for it than 3.6.
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -577,8 +579,7 @@ def serves(p: Problem, *rows: Tensor) -> bool:
 
 def descriptor(x: Tensor, rows: int, cols: int) -> TensorDescriptor:
     """Of [rows, cols] tiles of x as a matrix: [N, heads, dim] with heads side by side, or [..., rows, cols]."""
-    bits = x.element_size() * 8
-    layout = gl.NVMMASharedLayout(128 if bits == 16 else 0, bits, 2)
+    layout = LAYOUTS[x.element_size()]
     if x.ndim == 3:
         return TensorDescriptor(x, [x.shape[0], x.shape[1] * x.shape[2]], [x.stride(0), 1], [rows, cols], layout)
     return TensorDescriptor(x, [x.numel() // x.shape[-1], x.shape[-1]], [x.shape[-1], 1], [rows, cols], layout)
