@@ -66,7 +66,7 @@ def _end_rank(error: Exception, where: World) -> NoReturn:
     from q3n_functional.parallel.launch import LostRankError, told_by
 
     lost, mistake = isinstance(error, LostRankError), isinstance(error, MISTAKES)
-    if not lost:  # that is another's failure, which torchrun is to report
+    if not (lost or mistake):  # where torchrun finds what to report
         get_error_handler().record_exception(error)
     if told_by(error, where):
         text = str(error) if lost or mistake else "".join(traceback.format_exception(error))

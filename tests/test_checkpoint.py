@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from q3n_functional import checkpoint
 from q3n_functional.checkpoint import Extras, load, save
+from q3n_functional.parallel import rules
+from q3n_functional.parallel.mesh import Mesh
 from q3n_functional.params import init, named_leaves
 from q3n_functional.shards import read_header, write_file
 from tests.folders import (
@@ -341,3 +343,32 @@ def test_memory_is_taken_only_after_the_checks(model, monkeypatch):
     monkeypatch.setattr(checkpoint, "_empty_leaves", lambda *_: pytest.fail("built"))
     refused(r"is missing", without(tensors, HEAD))
     refused(r"has shape", tensors | {ROUTER: torch.ones(1)})
+
+
+class Copied(TorchDispatchMode):
+    """Counts the numbers that are copied."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.copy_.default:
+            self.count += args[0].numel()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mesh", [Mesh(dp=4), Mesh(dp=2, tp=2), Mesh(cp=2, ep=2), Mesh(replicate=2, tp=2)], ids=str)
+def test_a_rank_reads_its_own_slices_and_no_more(tmp_path, mesh):
+    folder = write_folder(tmp_path, small(), on_disk(small()))
+    whole = load(folder)
+    places, leaves = rules.named_layouts(whole.config, mesh), named_leaves(whole.params)
+    for rank in range(mesh.size):
+        with Copied() as copied:
+            found = load(folder, mesh=mesh, rank=rank)
+        shards = named_leaves(found.params)
+        assert copied.count == sum(shard.numel() for shard in shards.values())
+        for name, shard in shards.items():
+            assert torch.equal(shard, places[name].shard(leaves[name], mesh.coordinates(rank))), name
+    with pytest.raises(ValueError, match=r"mesh\.tp is 3, but linear_num_key_heads is 2"):
+        load(folder, mesh=Mesh(tp=3))

@@ -6,7 +6,7 @@ from expecttest import assert_expected_inline
 
 from q3n_functional import cli, params
 from q3n_functional.config import PRESETS
-from q3n_functional.parallel.mesh import AXES, Mesh, check, check_batch, parse
+from q3n_functional.parallel.mesh import AXES, Mesh, check, check_batch, check_size, parse
 from q3n_functional.parallel.rules import STORAGE, init, named_layouts
 from q3n_functional.params import named_leaves
 from tests.configs import small
@@ -110,6 +110,8 @@ def test_what_is_refused():
                 failure(check_batch, Mesh(dp=2, ep=2), odd, 6, 32),
                 failure(check_batch, Mesh(cp=4, tp=2), odd, 8, 20),
                 failure(check_batch, Mesh(cp=8), odd, 8, 16),
+                failure(check_size, Mesh(dp=2, tp=2), 1),
+                failure(check_size, Mesh(), 8),
                 failure(parse, "dp=2,pp=2"),
                 failure(parse, "dp"),
             ]
@@ -123,6 +125,8 @@ mesh.dp is 0, it must be at least 1
 a batch has 6 rows, which replicate x dp x ep = 4 ranks cannot share: use a multiple
 a row has 20 tokens, which are cut into cp x tp = 8 pieces: use a multiple
 mesh.cp is 8, which leaves a rank 2 tokens of a row; the convolution looks back on 3: use a smaller cp
+the mesh (dp 2 x tp 2) has 4 ranks, but 1 was launched: torchrun's hosts x --nproc-per-node must be 4, or replicate x dp x cp x ep x tp 1
+the mesh (no axis) has 1 rank, but 8 were launched: torchrun's hosts x --nproc-per-node must be 1, or replicate x dp x cp x ep x tp 8
 mesh part 'pp=2' must be one of cp, dp, ep, replicate, tp with a degree, as in dp=2
 mesh part 'dp' must be one of cp, dp, ep, replicate, tp with a degree, as in dp=2""",
     )

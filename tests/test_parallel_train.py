@@ -3,8 +3,9 @@
 import re
 
 import pytest
+import torch
 
-from q3n_functional import train_state
+from q3n_functional import step, train_state
 from tests import runs
 from tests.runs import torchrun
 
@@ -55,3 +56,13 @@ def test_a_rank_killed_in_a_checkpoint_leaves_the_one_before_and_restarting_resu
 def test_any_layout_reads_what_any_other_wrote_bit_by_bit(tmp_path):
     done = torchrun(4, "tests.checkpoint_ranks", tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(step.missing_compiler(torch.device("cpu")) is not None, reason="no compiler")
+def test_ranks_agree_and_what_one_launch_compiled_serves_every_rank_of_the_next(tmp_path, monkeypatch):
+    """torch 2.13 does not tell the ranks' code apart in its cache, so that the rank must be data."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    for times in (r"\d+", r"[1-9]\d*"):
+        done = torchrun(2, "tests.launch_ranks", tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert len(re.findall(rf"rank \d: {times} from the cache", done.stdout)) == 2, done.stdout

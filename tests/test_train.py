@@ -112,3 +112,9 @@ def test_a_loss_that_is_not_finite_stops_and_names_everything(tmp_path):
     for index in (2 * failed, 2 * failed + 1):
         assert data.describe(text.training, index, 0) in message
     assert all(math.isfinite(value) for value in runs.rows(tmp_path))
+
+
+def test_a_mesh_needs_its_ranks(tmp_path):
+    with pytest.raises(ValueError, match=r"the mesh \(dp 2\) has 2 ranks, but 1 was launched: torchrun's hosts x"):
+        run(tmp_path, "--mesh.dp=2")
+    assert not (tmp_path / "run").exists()
