@@ -85,11 +85,10 @@ def check_size(mesh: Mesh, launched: int) -> None:
     """Raise ValueError where `mesh` is not one of as many ranks as were `launched`."""
     if launched == mesh.size:
         return
-    degrees = " x ".join(f"{axis} {mesh.degree(axis)}" for axis in AXES if mesh.degree(axis) > 1) or "no axis"
+    degrees = " x ".join(f"{axis} {mesh.degree(axis)}" for axis in AXES if mesh.degree(axis) > 1) or "one device"
     raise ValueError(
-        f"the mesh ({degrees}) has {mesh.size} rank{'s' * (mesh.size > 1)}, but {launched} "
-        f"{'were' if launched > 1 else 'was'} launched: torchrun's hosts x --nproc-per-node must be {mesh.size}, "
-        f"or replicate x dp x cp x ep x tp {launched}"
+        f"the mesh ({degrees}) needs torchrun with hosts x --nproc-per-node = {mesh.size}, but {launched} "
+        f"{'were' if launched > 1 else 'was'} launched"
     )
 
 

@@ -125,8 +125,8 @@ mesh.dp is 0, it must be at least 1
 a batch has 6 rows, which replicate x dp x ep = 4 ranks cannot share: use a multiple
 a row has 20 tokens, which are cut into cp x tp = 8 pieces: use a multiple
 mesh.cp is 8, which leaves a rank 2 tokens of a row; the convolution looks back on 3: use a smaller cp
-the mesh (dp 2 x tp 2) has 4 ranks, but 1 was launched: torchrun's hosts x --nproc-per-node must be 4, or replicate x dp x cp x ep x tp 1
-the mesh (no axis) has 1 rank, but 8 were launched: torchrun's hosts x --nproc-per-node must be 1, or replicate x dp x cp x ep x tp 8
+the mesh (dp 2 x tp 2) needs torchrun with hosts x --nproc-per-node = 4, but 1 was launched
+the mesh (one device) needs torchrun with hosts x --nproc-per-node = 1, but 8 were launched
 mesh part 'pp=2' must be one of cp, dp, ep, replicate, tp with a degree, as in dp=2
 mesh part 'dp' must be one of cp, dp, ep, replicate, tp with a degree, as in dp=2""",
     )
