@@ -115,6 +115,8 @@ def test_a_loss_that_is_not_finite_stops_and_names_everything(tmp_path):
 
 
 def test_a_mesh_needs_its_ranks(tmp_path):
-    with pytest.raises(ValueError, match=r"the mesh \(dp 2\) needs torchrun with hosts x --nproc-per-node = 2, but 1 was launched"):
+    with pytest.raises(
+        ValueError, match=r"the mesh \(dp 2\) needs torchrun with hosts x --nproc-per-node = 2, but 1 was launched"
+    ):
         run(tmp_path, "--mesh.dp=2")
     assert not (tmp_path / "run").exists()
