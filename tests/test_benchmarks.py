@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
 
 
@@ -33,3 +35,15 @@ def test_decode_measures_transformers_and_itself(tmp_path):
     assert found == {("batch 1", "transformers"), ("batch 1", "q3n eager"), ("drafts 2", "q3n eager")}
     assert not [row for row in rows if row["metric"] == "failure"]
     assert all(row["value"] > 0 for row in rows)
+
+
+def test_scaling_measures_one_and_two_ranks(tmp_path):
+    command = [sys.executable, BENCHMARKS / "scaling.py", "--tiny", "--cases", "1", "--out", tmp_path]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    rows = json.loads((tmp_path / "scaling.json").read_text())
+    found = {(row["implementation"], row["metric"]): row["value"] for row in rows}
+    metrics, one, two = {"first_step_s", "step_ms", "tokens_per_s"}, "q3n one card", "q3n two cards"
+    assert set(found) == {(name, metric) for name in (one, two) for metric in metrics} | {(two, "efficiency")}
+    assert found[one, "tokens_per_s"] == pytest.approx(2 * 64 / found[one, "step_ms"] * 1e3, rel=1e-3)
+    ratio = found[two, "tokens_per_s"] / found[one, "tokens_per_s"] / 2
+    assert found[two, "efficiency"] == pytest.approx(ratio, rel=1e-3)

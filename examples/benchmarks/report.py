@@ -42,7 +42,7 @@ def measured(case: str, implementation: str, run: Callable[[], dict[str, float]]
 def write(rows: Rows, benchmark: str, commit: str, out: Path) -> None:
     """Write `out`/BENCHMARK.json."""
     where = {
-        "card": torch.cuda.get_device_name(), "commit": commit,
+        "card": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "commit": commit,
         "versions": {"torch": torch.__version__, "triton": triton.__version__},
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)

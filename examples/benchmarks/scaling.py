@@ -1,0 +1,198 @@
+"""A training step of Qwen3-Next at its real widths on two cards of one host, beside one card.
+
+    python examples/benchmarks/scaling.py [--commit HASH] [--out FOLDER] [--cases 0 2] [--tiny]
+
+Prints a table and writes results/scaling.json. Three linear layers and one of full attention, 128 experts, vocabulary
+151,936, computed in bf16 over fp32 parameters, AdamW with moments in bf16, random tokens, no prediction module, every
+kind of layer compiled once. Cases: fsdp 2 and ep 2, twice the rows on twice the cards; tp 2 with sequence parallelism
+and cp 2 on a row of 128k tokens (layers recomputed), the same batch on twice the cards. Metrics: step_ms, the median of
+forward, backward and update, of the slowest rank; tokens_per_s of all cards; peak_gib of the fullest card; efficiency,
+tokens a second over cards times those of one card. Each measurement is a launch of torchrun. Ranks draw equal shards,
+as values do not matter here. --tiny is for a machine without cards: small sizes, gloo, eager, once, to see it run.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, NamedTuple, cast
+
+import report
+import torch
+import torch.distributed as dist
+import torch.utils._pytree as pytree
+
+from q3n_functional import compiled, model, optim, params
+from q3n_functional.config import PRESETS, Config
+from q3n_functional.parallel import launch, mesh, placement, rules
+from q3n_functional.parallel.placement import Parallel
+from q3n_functional.recompute import Recompute
+
+
+class Case(NamedTuple):
+    """A layout, its batch (rows x length) and that of one card."""
+
+    layout: str
+    rows: int
+    length: int
+    rows_of_one: int
+    recompute: Recompute = "none"
+
+
+CASES = {
+    "fsdp 2 4x4096": Case("dp=2", 4, 4096, 2),
+    "tp 2 + sp 2x4096": Case("tp=2", 2, 4096, 2),
+    "cp 2 1x131072": Case("cp=2", 1, 131072, 1, "full"),
+    "ep 2 4x4096": Case("ep=2", 4, 4096, 2),
+}
+ONE, TWO = "q3n one card", "q3n two cards"
+UNITS = {"step_ms": "ms", "tokens_per_s": "tokens/s", "peak_gib": "GiB", "efficiency": "1", "first_step_s": "s"}
+ADAMW = optim.OptimizerConfig(lr=1e-4)
+
+
+def shape(tiny: bool) -> Config:
+    kinds = ("linear_attention",) * 3 + ("full_attention",)
+    base = PRESETS["tiny" if tiny else "qwen3_next_80b_a3b"]()
+    experts = {} if tiny else {"num_experts": 128}
+    return dataclasses.replace(
+        base, num_hidden_layers=4, layer_types=kinds, num_nextn_predict_layers=0, **cast(dict[str, Any], experts)
+    )
+
+
+def shards(config: Config, layout: mesh.Mesh, device: torch.device) -> params.Parameters:
+    """fp32 shards of the distribution of `params.init`, drawn on the device: on the host it takes minutes."""
+    torch.manual_seed(0)
+
+    def draw(where: Any) -> torch.Tensor:
+        if where.spec.init == "normal":
+            return torch.randn(where.local_shape, device=device).mul_(config.initializer_range)
+        return params.init_leaf("", dataclasses.replace(where.spec, shape=where.local_shape), 0, 0.0).to(device)
+
+    return cast(params.Parameters, pytree.tree_map(draw, rules.layouts(config, layout)))
+
+
+def stepper(case: Case, config: Config, layout: mesh.Mesh, device: torch.device, tiny: bool) -> Callable[[], object]:
+    """A whole step of this rank."""
+    dtype, parallel = torch.float32 if tiny else torch.bfloat16, None
+    if layout.size > 1:
+        parallel = placement.connect(layout, rules.layouts(config, layout), dtype, device, timedelta(seconds=600))
+    masters = shards(config, layout, device)
+    views, groups = params.named_leaves(masters), optim.groups(config, ADAMW)
+    state = optim.init(views, groups, torch.bfloat16)
+    rows = (case.rows if layout.size > 1 else case.rows_of_one) // layout.rows
+    tokens = torch.randint(config.vocab_size, (rows, case.length), generator=torch.Generator().manual_seed(0)).to(
+        device
+    )
+    function = functools.partial(model.loss, parallel=parallel, config=config, recompute=case.recompute)
+    loss = compiled.compiled(function, "none" if tiny else "layers")
+    update = functools.partial(optim.update_, parallel=parallel, groups=groups, optimizer=ADAMW)
+    update = update if tiny else torch.compile(update, fullgraph=True)
+    lr = torch.tensor(1e-4, device=device)
+
+    def step() -> None:
+        tree = working(masters, dtype, parallel)
+        value, _ = loss(tree, tokens)
+        leaves = params.named_leaves(tree)
+        gradients = dict(zip(leaves, torch.autograd.grad(value, list(leaves.values())), strict=True))
+        update(views, gradients, state, lr)
+
+    return step
+
+
+def working(masters: params.Parameters, dtype: torch.dtype, parallel: Parallel | None) -> params.Parameters:
+    """What a step computes with: one card casts its parameters, ranks cast their shards where they gather them."""
+    to = (lambda p: p) if parallel else (lambda p: p.to(dtype) if p.ndim > 1 else p)
+    return cast(params.Parameters, pytree.tree_map(lambda p: to(p.detach()).requires_grad_(), masters))
+
+
+def measure(name: str, alone: bool, tiny: bool) -> dict[str, float]:
+    """Runs on every rank; the slowest rank's time, the fullest card's memory."""
+    case, config, where = CASES[name], shape(tiny), launch.world()
+    layout = mesh.Mesh() if alone else mesh.parse(case.layout)
+    case = case._replace(length=case.length // 64) if tiny else case
+    mesh.check_batch(layout, config, case.rows, case.length)
+    card = torch.cuda.is_available()
+    device = launch.own_device(torch.device("cuda" if card else "cpu"), where)
+    with launch.joined(where, device):
+        step, wait = stepper(case, config, layout, device, tiny), torch.cuda.synchronize if card else (lambda: None)
+        begin = time.perf_counter()
+        step()
+        wait()
+        own = {"first_step_s": time.perf_counter() - begin}
+        step()
+        if card:
+            torch.cuda.reset_peak_memory_stats()
+        own["step_ms"] = median_ms(step, wait, 1 if tiny else 10)
+        if card:
+            own["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        everyone: list[Any] = [own] * where.size
+        if where.size > 1:
+            dist.all_gather_object(everyone, own)
+    values = {metric: max(each[metric] for each in everyone) for metric in own}
+    rows = case.rows_of_one if alone else case.rows
+    return {**values, "tokens_per_s": rows * case.length / values["step_ms"] * 1e3}
+
+
+def median_ms(run: Callable[[], object], wait: Callable[[], object], times: int) -> float:
+    found = []
+    for _ in range(times):
+        wait()
+        begin = time.perf_counter()
+        run()
+        wait()
+        found.append((time.perf_counter() - begin) * 1e3)
+    return sorted(found)[times // 2]
+
+
+def launched(name: str, alone: bool, tiny: bool) -> dict[str, float]:
+    """What a launch of torchrun measured; its last words where it failed."""
+    ranks = 1 if alone else mesh.parse(CASES[name].layout).size
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += [__file__, "--measure", name, ONE if alone else TWO, *(["--tiny"] if tiny else [])]
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        said = [line for line in process.stderr.splitlines() if "Error" in line and "ChildFailedError" not in line]
+        raise RuntimeError(said[0] if said else f"exit status {process.returncode}")
+    values: dict[str, float] = json.loads(process.stdout.strip().splitlines()[-1])
+    return values
+
+
+def main() -> None:
+    parser = report.parser(__doc__)
+    parser.add_argument("--cases", nargs="+", type=int, default=range(len(CASES)), help="their numbers, from 0")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, once, to see that it runs")
+    parser.add_argument("--measure", nargs=2, metavar=("CASE", "IMPLEMENTATION"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        values = measure(options.measure[0], options.measure[1] == ONE, options.tiny)
+        if launch.world().lead:
+            print(json.dumps(values))
+        return
+    if torch.cuda.device_count() < 2 and not options.tiny:
+        raise SystemExit(
+            f"there are {torch.cuda.device_count()} CUDA cards here, not 2: --tiny runs it at a small size"
+        )
+    report.UNITS.update(UNITS)
+    rows: report.Rows = []
+    for name in [list(CASES)[number] for number in options.cases]:
+        one = report.measured(name, ONE, functools.partial(launched, name, True, options.tiny))
+        rows += [*one, *report.measured(name, TWO, functools.partial(beside, name, one, options.tiny))]
+    report.write(rows, "scaling", options.commit, options.out)
+
+
+def beside(name: str, one: report.Rows, tiny: bool) -> dict[str, float]:
+    """The measurement of two cards with their efficiency beside one, if that could be measured."""
+    values, before = launched(name, False, tiny), {row["metric"]: row["value"] for row in one}
+    if "tokens_per_s" in before:
+        ranks = mesh.parse(CASES[name].layout).size
+        values["efficiency"] = values["tokens_per_s"] / ranks / before["tokens_per_s"]
+    return values
+
+
+if __name__ == "__main__":
+    main()
