@@ -1,7 +1,7 @@
 """The compiled training loop on a mesh: torchrun --nproc-per-node 4 examples/train_on_mesh.py dp=2,tp=2 [STEPS].
 
-On one host as above; on several, torchrun runs on each with --nnodes and --rdzv-endpoint, as train_on_mesh.sbatch
-does under Slurm. Ranks without a card compute on the CPU.
+What `q3n train` does on a mesh, in few lines on the public functions, without checkpoints. Ranks without a card compute
+on the CPU.
 """
 
 import os

@@ -342,3 +342,15 @@ def test_a_plain_tokenizers_file_without_an_end_token_adds_none(lines, tmp_path)
     words = Tokenizer.from_str(tokenizer.train_bpe([], tokenizer.BYTES).to_str().replace(tokenizer.END, "<other>"))
     found = corpus.read(corpus.tokenize(lines, words, tmp_path), 257)
     assert words.decode(found.ids.tolist()) == "".join(f"play {i} " * i for i in range(12))
+
+
+def test_ranks_share_the_rows_of_a_batch_with_their_documents():
+    reader = data.reader(counting(400, [0, 3, 50, 51, 52, 111, 190, 260]), 4, 32, "training")
+    whole = data.batch(reader, 1, seed=0)
+    for index in range(2):
+        own = data.rows(whole, 2, index)
+        assert torch.equal(own.tokens_BT, whole.tokens_BT[2 * index : 2 * index + 2])
+        assert len(own.cu_seqlens) == len(whole.cu_seqlens)  # or ranks would compile anew
+        inside = (whole.cu_seqlens >= 64 * index) & (whole.cu_seqlens <= 64 * index + 64)
+        assert set(own.cu_seqlens.tolist()) == set((whole.cu_seqlens[inside] - 64 * index).tolist())
+    assert data.rows(whole._replace(cu_seqlens=None), 4, 3).cu_seqlens is None
