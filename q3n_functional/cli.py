@@ -1,9 +1,10 @@
-"""q3n: train, generate, convert, inspect and plan Qwen3-Next models.
+"""q3n: train, generate, convert, export, inspect and plan Qwen3-Next models.
 
   q3n train CONFIG.toml [--key value ...]   train as the TOML file says; options override its keys
   q3n profile CONFIG.toml [--key value ...] where the time of a step of it goes: trace, table, picture
   q3n generate FOLDER PROMPT [options]      continue a text
   q3n convert SOURCE TARGET [--dtype TYPE]  write a Hugging Face folder again, in another precision
+  q3n export FOLDER OUT [options]           programs of it that run without the model's code
   q3n inspect MODEL [--mesh dp=2,tp=4]      the parameter tree of a folder, a config.json or a preset
   q3n plan MODEL --mesh dp=64,tp=2          memory, traffic and time of a training step on cards that are not here
 
@@ -179,6 +180,38 @@ def convert(
     checkpoint.save(target, model.params, model.config, None if kind else model.dtypes, model.extras)
 
 
+def export(
+    folder: Annotated[Path, arg(metavar="FOLDER"), Positional],
+    out: Annotated[Path, arg(metavar="OUT"), Positional],
+    *,
+    rows: int,
+    capacity: int,
+    dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep",
+    device: str = "auto",
+    aot: bool = False,
+) -> None:
+    """Writes prefill and one decoding step of the model in FOLDER to OUT, as programs of torch.export.
+
+    Args:
+        folder: a Hugging Face folder, a checkpoint step-N, or a run with checkpoints.
+        out: a new folder.
+        rows: sequences that run together.
+        capacity: tokens that each has room for.
+        dtype: of the weights; those that are always float32 stay so.
+        device: on which the programs will run; "auto" is cuda where there is one, else cpu.
+        aot: write AOTInductor packages too, which needs a C++ compiler.
+    """
+    import torch
+
+    from q3n_functional.export import export as run
+    from q3n_functional.step import pick_device
+    from q3n_functional.train_state import model_folder
+
+    kind = None if dtype == "keep" else getattr(torch, dtype)
+    where = pick_device(device)
+    run(model_folder(folder), out, rows=rows, capacity=capacity, dtype=kind, device=where, aot=aot)
+
+
 def inspect(model: Annotated[str, arg(metavar="MODEL"), Positional], *, mesh: str = "") -> None:
     """Prints the parameter tree of MODEL with shapes, axes, counts and bytes; loads no weights.
 
@@ -260,7 +293,13 @@ def _config(model: str) -> Config:
 MISTAKES = (ValueError, FileNotFoundError, FloatingPointError)
 """Of the user: they end in one line rather than a traceback."""
 
-COMMANDS: dict[str, Callable[..., None]] = {"generate": generate, "convert": convert, "inspect": inspect, "plan": plan}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "generate": generate,
+    "convert": convert,
+    "export": export,
+    "inspect": inspect,
+    "plan": plan,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
