@@ -101,6 +101,8 @@ def export(
     """
     _check(folder, out, rows, capacity)
     found = checkpoint.load(folder, dtype, device)
+    if capacity > (limit := found.config.max_position_embeddings):
+        raise ValueError(f"capacity is {capacity}, above max_position_embeddings {limit} of {folder}: lower it")
     config, params = replace(found.config, num_nextn_predict_layers=0), found.params._replace(mtp=())
     cache = caches.empty(config, rows, capacity, params.embed_tokens.dtype, device)
     programs = _programs(params, cache, config=config, length=rows * capacity)
