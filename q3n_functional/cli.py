@@ -1,8 +1,10 @@
-"""q3n: train, generate, convert, export, inspect and plan Qwen3-Next models.
+"""q3n: train, generate, serve, convert, export, inspect and plan Qwen3-Next models.
 
   q3n train CONFIG.toml [--key value ...]   train as the TOML file says; options override its keys
   q3n profile CONFIG.toml [--key value ...] where the time of a step of it goes: trace, table, picture
   q3n generate FOLDER PROMPT [options]      continue a text
+  q3n chat FOLDER [options]                 talk with a model in the terminal
+  q3n serve FOLDER [options]                OpenAI's endpoints over HTTP, and a page for trying prompts
   q3n convert SOURCE TARGET [--dtype TYPE]  write a Hugging Face folder again, in another precision
   q3n export FOLDER OUT [options]           programs of it that run without the model's code
   q3n inspect MODEL [--mesh dp=2,tp=4]      the parameter tree of a folder, a config.json or a preset
@@ -24,6 +26,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import tyro
 from tyro.conf import Positional, arg
+
+from q3n_functional.cli_serve import chat, serve
 
 if TYPE_CHECKING:
     from q3n_functional.config import Config
@@ -295,6 +299,8 @@ MISTAKES = (ValueError, FileNotFoundError, FloatingPointError)
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate,
+    "chat": chat,
+    "serve": serve,
     "convert": convert,
     "export": export,
     "inspect": inspect,

@@ -63,11 +63,13 @@ def test_help(capsys):
     assert_expected_inline(
         capsys.readouterr().out,
         """\
-q3n: train, generate, convert, export, inspect and plan Qwen3-Next models.
+q3n: train, generate, serve, convert, export, inspect and plan Qwen3-Next models.
 
   q3n train CONFIG.toml [--key value ...]   train as the TOML file says; options override its keys
   q3n profile CONFIG.toml [--key value ...] where the time of a step of it goes: trace, table, picture
   q3n generate FOLDER PROMPT [options]      continue a text
+  q3n chat FOLDER [options]                 talk with a model in the terminal
+  q3n serve FOLDER [options]                OpenAI's endpoints over HTTP, and a page for trying prompts
   q3n convert SOURCE TARGET [--dtype TYPE]  write a Hugging Face folder again, in another precision
   q3n export FOLDER OUT [options]           programs of it that run without the model's code
   q3n inspect MODEL [--mesh dp=2,tp=4]      the parameter tree of a folder, a config.json or a preset
@@ -206,7 +208,7 @@ def test_without_a_command_it_says_how_to_use_it(capsys):
 
 
 def test_mistakes_are_one_line(capsys, tmp_path, trained):
-    known = "train, profile, generate, convert, export, inspect, plan"
+    known = "train, profile, generate, chat, serve, convert, export, inspect, plan"
     assert failure(capsys, "trian") == f"there is no command 'trian', only {known}"
     assert failure(capsys, "train", "no.toml") == "no.toml does not exist: the first argument is the run's TOML file"
     assert failure(capsys, "inspect", "no") == (

@@ -1,0 +1,114 @@
+"""The commands of `q3n` that talk: with a person in the terminal, and with clients over HTTP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, cast
+
+from tyro.conf import Positional, arg
+
+if TYPE_CHECKING:
+    import torch
+
+DType = Literal["keep", "float32", "bfloat16", "float16"]
+
+
+def chat(
+    folder: Annotated[Path, arg(metavar="FOLDER"), Positional],
+    *,
+    system: str = "",
+    max_length: int = 0,
+    max_new_tokens: int = 1024,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    seed: int = 0,
+    dtype: DType = "keep",
+    device: str = "auto",
+) -> None:
+    """Talks with the model in FOLDER by its chat template: a line is a turn, Ctrl-C ends an answer, Ctrl-D the talk.
+
+    Args:
+        folder: a Hugging Face folder, a checkpoint step-N, or a run with checkpoints.
+        system: what the model is told first.
+        max_length: tokens of the whole conversation; 0 for the model's positions, at most 8192.
+        max_new_tokens: the most tokens of an answer.
+        temperature: 0 takes the likeliest token each time.
+        top_k: draw among this many likeliest tokens; 0 for all.
+        top_p: draw among the fewest likeliest tokens with this much probability together.
+        min_p: draw among the tokens with at least this share of the likeliest one's probability.
+        repetition_penalty: divides the logits of tokens in prompt and text; 1 for none.
+        presence_penalty: lowers the logits of tokens in the text.
+        seed: the same seed gives the same answers.
+        dtype: of the weights; those that are always float32 stay so.
+        device: "auto" is cuda where there is one, else cpu.
+    """
+    from q3n_functional import chat as chats
+    from q3n_functional.sampling import Options
+    from q3n_functional.train_state import model_folder
+
+    options = Options(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty, seed=seed,
+    )  # fmt: skip
+    speaker = chats.load(model_folder(folder), _dtype(dtype), device)
+    chats.talk(speaker, system, chats.room(speaker.model.config, max_length), max_new_tokens, options)
+
+
+def serve(
+    folder: Annotated[Path, arg(metavar="FOLDER"), Positional],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    name: str = "",
+    capacity: int = 16,
+    max_length: int = 0,
+    max_queue: int = 256,
+    prefix_mib: int = 256,
+    chunk_length: int = 4096,
+    compile: bool = False,
+    dtype: DType = "keep",
+    device: str = "auto",
+) -> None:
+    """Answers OpenAI's completions and chat completions with the model in FOLDER, and has a page for trying prompts.
+
+    There is no password and no encryption: whoever reaches HOST may use it.
+
+    Args:
+        folder: a Hugging Face folder, a checkpoint step-N, or a run with checkpoints.
+        host: the address to listen at; 0.0.0.0 for all.
+        port: the port to listen at.
+        name: what the model is called; the folder's name where empty.
+        capacity: texts that are written at once.
+        max_length: tokens of prompt and text together; 0 for the model's positions, at most 8192.
+        max_queue: texts that may wait; more are refused with status 429.
+        prefix_mib: memory for common beginnings, in MiB, which are then read once; 0 for none.
+        chunk_length: tokens of prompts that are read at once, which bounds the memory.
+        compile: compile the step first, which pays on cuda.
+        dtype: of the weights; those that are always float32 stay so.
+        device: "auto" is cuda where there is one, else cpu.
+    """
+    from q3n_functional import chat as chats
+    from q3n_functional.batching import Engine
+    from q3n_functional.train_state import model_folder
+
+    try:
+        from q3n_functional.serve import run
+    except ModuleNotFoundError as error:
+        raise ValueError(f"q3n serve: {error}: pip install 'q3n-functional[serve]'") from error
+    speaker = chats.load(model_folder(folder), _dtype(dtype), device)
+    engine = Engine(
+        speaker.model.params, speaker.model.config, rows=capacity,
+        capacity=chats.room(speaker.model.config, max_length), tokenizer=speaker.words, max_queue=max_queue,
+        chunk_length=chunk_length, prefix_bytes=prefix_mib << 20, compile=compile,
+    )  # fmt: skip
+    run(engine, speaker, name or folder.resolve().name, host, port)
+
+
+def _dtype(name: DType) -> torch.dtype | None:
+    import torch
+
+    return None if name == "keep" else cast("torch.dtype", getattr(torch, name))
