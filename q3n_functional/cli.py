@@ -194,7 +194,7 @@ def export(
     device: str = "auto",
     aot: bool = False,
 ) -> None:
-    """Writes prefill and one decoding step of the model in FOLDER to OUT, as programs of torch.export.
+    """Writes the model in FOLDER to OUT as programs of torch.export: a prefill and a decoding step.
 
     Args:
         folder: a Hugging Face folder, a checkpoint step-N, or a run with checkpoints.

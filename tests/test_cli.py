@@ -128,6 +128,26 @@ options
     )
 
 
+def test_help_of_export(capsys):
+    assert_expected_inline(
+        help_text(capsys, "export"),
+        """\
+usage: q3n export [-h] [OPTIONS] FOLDER OUT
+Writes the model in FOLDER to OUT as programs of torch.export: a prefill and a decoding step.
+positional arguments
+FOLDER a Hugging Face folder, a checkpoint step-N, or a run with checkpoints. (required) OUT a new folder. (required)
+options
+-h,
+--help show this help message and exit
+--rows INT sequences that run together. (required)
+--capacity INT tokens that each has room for. (required)
+--dtype {keep,float32,bfloat16,float16} of the weights; those that are always float32 stay so. (default: keep)
+--device STR on which the programs will run; "auto" is cuda where there is one, else cpu. (default: auto)
+--aot,
+--no-aot write AOTInductor packages too, which needs a C++ compiler. (default: False)""",
+    )
+
+
 def test_help_of_inspect(capsys):
     assert_expected_inline(
         help_text(capsys, "inspect"),
