@@ -20,6 +20,8 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
 
 from q3n_functional import cache as caches
 from q3n_functional import checkpoint
@@ -97,9 +99,12 @@ def export(
         aot: compile too, which needs a C++ compiler, and on CUDA the card that is compiled for.
 
     Raises:
-        ValueError: `out` exists, `rows` or `capacity` is out of range, or the folder is not one of the model.
+        ValueError: `out` exists, `rows` or `capacity` is out of range, the folder is not one of the model, or
+            there is no compiler for `aot`.
     """
     _check(folder, out, rows, capacity)
+    if aot:
+        _check_compiler()
     found = checkpoint.load(folder, dtype, device)
     if capacity > (limit := found.config.max_position_embeddings):
         raise ValueError(f"capacity is {capacity}, above max_position_embeddings {limit} of {folder}: lower it")
@@ -132,6 +137,13 @@ def _check(folder: Path, out: Path, rows: int, capacity: int) -> None:
         raise ValueError(f"rows is {rows}; at least 1 sequence must run")
     if capacity < 2:
         raise ValueError(f"capacity is {capacity}; a sequence needs room for 2 tokens: one is read, one is written")
+
+
+def _check_compiler() -> None:
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise ValueError(f"AOTInductor finds no C++ compiler: install g++ or set CXX to one ({error})") from error
 
 
 def _programs(

@@ -40,7 +40,7 @@ def compiled_name(program: str) -> str:
 def load(folder: Path | str, *, aot: bool = False) -> Exported:
     """Read a folder that `q3n export` wrote; with `aot` its AOTInductor packages, made for one kind of processor.
 
-    Raises ValueError for a folder that is not whole, or has no packages.
+    Raises ValueError for a folder that is not whole, has no packages, or is for a device that is not here.
     """
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
@@ -49,6 +49,8 @@ def load(folder: Path | str, *, aot: bool = False) -> Exported:
     paths = {name: folder / (compiled_name if aot else program_name)(name) for name in manifest["programs"]}
     if missing := [path for path in paths.values() if not path.is_file()]:
         raise ValueError(f"{missing[0]} is missing; `q3n export`{' with --aot' if aot else ''} writes it")
+    if manifest["device"] == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"{folder} was exported for cuda, which is not here; export it again with --device cpu")
     weights = load_file(folder / WEIGHTS, manifest["device"])
     programs = {name: _program(path, aot) for name, path in paths.items()}
     return Exported(programs, {name: weights[name] for name in manifest["weights"]}, manifest)

@@ -1,6 +1,7 @@
 """Exported programs, run in a process that cannot import the model, beside the model."""
 
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -164,7 +165,7 @@ def test_a_precision_of_16_bits(source, tmp_path):
     torch.testing.assert_close(logits_NV, wanted_BTV[:, -1], atol=3e-2, rtol=3e-2)
 
 
-def test_mistakes_in_exporting(source, tmp_path):
+def test_mistakes_in_exporting(source, tmp_path, monkeypatch):
     def refuses(text, folder=source, out=tmp_path / "out", rows=1, capacity=8):
         with pytest.raises(ValueError, match=text):
             export(folder, out, rows=rows, capacity=capacity)
@@ -174,7 +175,19 @@ def test_mistakes_in_exporting(source, tmp_path):
     refuses("rows is 0; at least 1 sequence", rows=0)
     refuses("capacity is 1; a sequence needs room for 2 tokens", capacity=1)
     refuses("capacity is 257, above max_position_embeddings 256", capacity=257)
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-compiler",))
+    with pytest.raises(ValueError, match="AOTInductor finds no C\\+\\+ compiler: install g\\+\\+ or set CXX"):
+        export(source, tmp_path / "out", rows=1, capacity=8, aot=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_programs_for_another_device(programs, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    other = shutil.copytree(programs, tmp_path / "other")
+    manifest = json.loads((other / "exported.json").read_text())
+    (other / "exported.json").write_text(json.dumps({**manifest, "device": "cuda"}))
+    with pytest.raises(ValueError, match="exported for cuda, which is not here; export it again with --device cpu"):
+        exported.load(other)
 
 
 def test_mistakes_in_running(programs, tmp_path):
