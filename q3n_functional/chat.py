@@ -99,7 +99,7 @@ def encode(words: Tokenizer, template: Template, messages: Sequence[Message]) ->
                 **template.tokens,
             )
         )
-    except TemplateError as error:
+    except Exception as error:  # a template is a program, which fails in its own ways
         raise ValueError(f"the chat template refuses the messages: {error}") from error
     return list(_tokens(words, text, special))
 

@@ -58,7 +58,8 @@ class Job:
 class EngineThread:
     """Runs an engine, which must not be used elsewhere from then on.
 
-    counts: the engine's, as of the last step. steps: how many there were. error: what the engine failed with, if so.
+    counts: the engine's, as of the last step or command. steps: how many there were. error: what the engine failed
+    with, if so.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -104,7 +105,9 @@ class EngineThread:
         try:
             while not self._stopping:
                 self._obey()
+                self.counts = self._engine.counts()
                 self._step()
+                self.counts = self._engine.counts()
         except Exception as error:
             logger.exception("the engine failed")
             self.error = error
@@ -125,7 +128,6 @@ class EngineThread:
                     del self._jobs[event.id]
                 job.tell(Drawn(place, event))
             self.steps += 1
-        self.counts = self._engine.counts()
 
     def _submit(self, job: Job) -> None:
         ids: list[int] = []

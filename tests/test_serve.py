@@ -1,0 +1,439 @@
+"""The server, asked by the openai package: what it writes is what the same request writes offline."""
+
+import asyncio
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+
+import httpx
+import openai
+import pytest
+
+from q3n_functional import chat, checkpoint, cli, tokenizer
+from q3n_functional.batching import Engine, Request
+from q3n_functional.sampling import Options
+from q3n_functional.serve_loop import Accepted, ClosedError, EngineThread, Job
+from tests.servers import CONFIG, END, TEMPLATE, TREE, WORDS, alone, engine, metrics, served, until
+
+LONG = {"prompt": "a", "max_tokens": 120, "seed": 1, "stream": True, "logit_bias": {END: -100}}
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    with served(engine(prefix_bytes=1 << 20)) as (_, server, address):
+        yield server, address
+
+
+@pytest.fixture(scope="module")
+def client(tiny):
+    with openai.OpenAI(base_url=f"{tiny[1]}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("asked", "options"),
+    [
+        ({"temperature": 0}, Options(temperature=0)),
+        ({"seed": 3}, Options(seed=3)),
+        ({"seed": 4, "top_p": 0.8, "presence_penalty": 0.5}, Options(seed=4, top_p=0.8, presence_penalty=0.5)),
+        ({"seed": 5, "logit_bias": {"65": 9.0}}, Options(seed=5, logit_bias={65: 9.0})),
+        ({"seed": 5, "frequency_penalty": 2, "stop": ["A", "B"]}, Options(seed=5, frequency_penalty=2.0)),
+        (
+            {"seed": 6, "extra_body": {"top_k": 9, "min_p": 0.1, "repetition_penalty": 1.3}},
+            Options(seed=6, top_k=9, min_p=0.1, repetition_penalty=1.3),
+        ),
+    ],
+)
+def test_completions_are_those_written_offline(client, asked, options, stream):
+    reply = client.completions.create(model="tiny", prompt="Hear me", max_tokens=30, stream=stream, **asked)
+    chunks = list(reply) if stream else [reply]
+    assert "".join(c.choices[0].text for c in chunks) == alone("Hear me", 30, options, asked.get("stop", ()))
+    assert [c.choices[0].finish_reason is None for c in chunks] == [True] * (len(chunks) - 1) + [False]
+    assert len(chunks) > 5 or not stream
+
+
+def test_several_prompts_and_choices(client):
+    """Each prompt's choices draw by the seed and those behind it."""
+    prompts = ["one", "two words"]
+    expected = [alone(prompt, 9, Options(seed=seed)) for prompt in prompts for seed in (7, 8)]
+    asked = {"model": "tiny", "prompt": prompts, "n": 2, "seed": 7, "max_tokens": 9}
+    reply = client.completions.create(**asked)
+    assert [c.text for c in reply.choices] == expected
+    assert (reply.usage.prompt_tokens, reply.usage.total_tokens) == (12, 12 + reply.usage.completion_tokens)
+    texts = [""] * 4
+    for chunk in client.completions.create(**asked, stream=True):
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == expected
+    assert client.completions.create(**{**asked, "prompt": [[1, 2]], "n": 1}).choices[0].text == alone(
+        [1, 2], 9, Options(seed=7)
+    )
+
+
+def test_without_a_seed_texts_differ(client):
+    reply = client.completions.create(model="tiny", prompt="a", max_tokens=20)
+    again = client.completions.create(model="tiny", prompt="a", max_tokens=20)
+    assert reply.choices[0].text != again.choices[0].text
+
+
+def test_a_stop_token_ends_a_text_and_is_not_in_it(client):
+    reply = client.completions.create(
+        model="tiny", prompt="a", max_tokens=20, temperature=0, logit_bias={str(END): 100}, logprobs=0
+    )
+    assert (reply.choices[0].text, reply.choices[0].finish_reason, reply.choices[0].logprobs) == ("", "stop", None)
+
+
+def test_logprobs_are_those_of_the_tokens_drawn(client):
+    letters = {str(65 + i): 30.0 for i in range(4)}
+    asked = {"model": "tiny", "max_tokens": 8, "seed": 1, "logit_bias": letters}
+    choice = client.completions.create(prompt="a", logprobs=0, **asked).choices[0]
+    assert "".join(choice.logprobs.tokens) == choice.text
+    assert choice.logprobs.text_offset == list(range(8))
+    assert len(choice.logprobs.token_logprobs) == 8
+    assert max(choice.logprobs.token_logprobs) < 0
+    chunks = list(client.completions.create(prompt="a", logprobs=0, stream=True, **asked))
+    assert [x for c in chunks for x in c.choices[0].logprobs.token_logprobs] == choice.logprobs.token_logprobs
+    assert [x for c in chunks for x in c.choices[0].logprobs.text_offset] == list(range(8))
+    message = [{"role": "user", "content": "a"}]
+    content = client.chat.completions.create(messages=message, logprobs=True, **asked).choices[0].logprobs.content
+    assert [(bytes(each.bytes).decode(), each.top_logprobs) for each in content] == [(e.token, []) for e in content]
+
+
+def test_chat_uses_the_template(client):
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "text", "text": " there"}]},
+    ]
+    tokens = chat.encode(WORDS, TEMPLATE, [messages[0], {"role": "user", "content": "Hi there"}])
+    expected = alone(tokens, 20, Options(seed=2))
+    reply = client.chat.completions.create(model="tiny", messages=messages, max_tokens=20, seed=2)
+    assert (reply.choices[0].message.role, reply.choices[0].message.content) == ("assistant", expected)
+    assert reply.usage.prompt_tokens == len(tokens)
+    chunks = list(
+        client.chat.completions.create(
+            model="tiny", messages=messages, max_completion_tokens=20, seed=2, stream=True,
+            stream_options={"include_usage": True},
+        )
+    )  # fmt: skip
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(c.choices[0].delta.content for c in chunks[:-1]) == expected
+    assert chunks[-1].usage == reply.usage
+    assert chunks[-1].choices == []
+
+
+def test_a_chat_answer_may_fill_the_room_there_is(client):
+    bias = {str(END): -100}
+    reply = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "a"}], logit_bias=bias)
+    assert (reply.usage.total_tokens, reply.choices[0].finish_reason) == (128, "length")
+
+
+def test_models_and_health(client, tiny):
+    (model,) = client.models.list().data
+    assert (model.id, model.max_model_len, model.chat) == ("tiny", 128, True)
+    assert httpx.get(f"{tiny[1]}/health").json() == {"status": "ok"}
+
+
+def test_metrics_count(tiny):
+    before = metrics(tiny[1])
+    prompt = "x" * 24
+    for _ in range(2):
+        httpx.post(f"{tiny[1]}/v1/completions", json={"prompt": prompt, "max_tokens": 4}).raise_for_status()
+    httpx.post(f"{tiny[1]}/v1/completions", json={"prompt": ""})
+    more = {name: value - before[name] for name, value in metrics(tiny[1]).items()}
+    assert more["q3n_prompt_tokens_total"] == 48
+    assert more["q3n_prefix_hit_tokens_total"] == 16
+    assert 2 <= more["q3n_drawn_tokens_total"] <= 8
+    assert more["q3n_engine_steps_total"] >= more["q3n_drawn_tokens_total"]
+    assert more["q3n_time_to_first_token_seconds_count"] == 2
+    assert more['q3n_http_requests_total{outcome="finished"}'] == 2
+    assert more['q3n_http_requests_total{outcome="refused"}'] == 1
+
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+REFUSED = [
+    (COMPLETIONS, {"prompt": "a", "max_tokens": 128}, 400, "1 prompt tokens and max_new_tokens 128 make 129, above the "
+     "engine's capacity of 128: shorten one of them", None),
+    (COMPLETIONS, {"prompt": ""}, 400, "the prompt has no tokens: give at least one, such as the beginning-of-text "
+     "token", None),
+    (COMPLETIONS, {"prompt": [300]}, 400, "the prompt's tokens must lie in [0, 257), got 300 to 300", None),
+    (COMPLETIONS, {}, 400, "prompt: Field required", "prompt"),
+    (COMPLETIONS, {"prompt": "a", "user_id": 3}, 400, "user_id: this server has no such field: leave it out",
+     "user_id"),
+    (COMPLETIONS, {"prompt": "a", "temperature": -1}, 400, "temperature must be 0 (the likeliest token) or more, got "
+     "-1.0", None),
+    (COMPLETIONS, {"prompt": "a", "top_k": 2**40}, 400, "top_k: Input should be less than 2147483648, got "
+     "1099511627776", "top_k"),
+    (COMPLETIONS, {"prompt": "a", "seed": 2**70}, 400, "seed must be a signed 64-bit integer, got "
+     "1180591620717411303424", None),
+    (COMPLETIONS, {"prompt": "a", "logit_bias": {"999": 1}}, 400, "a token of logit_bias must be in [0, 257), got 999",
+     None),
+    (COMPLETIONS, {"prompt": "a", "stop": [""]}, 400, "stop", "stop"),
+    (COMPLETIONS, {"prompt": "a", "logprobs": 5}, 400, "logprobs: Input should be less than or equal to 0, got 5",
+     "logprobs"),
+    (COMPLETIONS, {"prompt": "a", "n": 65}, 400, "n 65 for 1 prompts makes 65 texts, above the queue's 64: ask for "
+     "fewer at once", "n"),
+    (COMPLETIONS, {"prompt": "a", "model": "other"}, 404, "there is no model 'other', only 'tiny'", "model"),
+    (COMPLETIONS, b"{", 400, "the body is not JSON: Expecting property name enclosed in double quotes at character 1",
+     None),
+    (COMPLETIONS, b"[" * 100_000, 400, "POST /v1/completions: There was an error parsing the body", None),
+    (COMPLETIONS, b" " * 1_100_000, 413, "POST /v1/completions: the body has more than 1056768 bytes: shorten it",
+     None),
+    (CHAT, {"messages": []}, 400, "messages: List should have at least 1 item after validation, not 0", "messages"),
+    (CHAT, {"messages": [{"role": "robot", "content": "a"}]}, 400, "messages.0.role: Input should be 'system', "
+     "'developer', 'user' or 'assistant', got 'robot'", "messages"),
+    (CHAT, {"messages": [{"role": "user", "content": "a" * 200}]}, 400, "217 prompt tokens and max_new_tokens 1 make "
+     "218, above the engine's capacity of 128: shorten one of them", None),
+    ("/v1/embeddings", {}, 404, "POST /v1/embeddings: Not Found", None),
+    ("/health", {}, 405, "POST /health: Method Not Allowed", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "body", "status", "message", "param"), REFUSED)
+def test_what_is_refused_is_said_as_openai_says_it(tiny, path, body, status, message, param):
+    content = body if isinstance(body, bytes) else json.dumps(body)
+    reply = httpx.post(tiny[1] + path, content=content, headers={"Content-Type": "application/json"})
+    told = reply.json()["error"]
+    assert (reply.status_code, told["param"], told["type"]) == (status, param, "invalid_request_error")
+    assert told["message"].startswith(message)
+    assert len(told["message"]) < 300
+
+
+def test_without_a_template_there_is_no_chat():
+    with served(engine(), template=None) as (_, _, address):
+        reply = httpx.post(address + CHAT, json={"messages": [{"role": "user", "content": "a"}]})
+        assert reply.status_code == 400
+        assert reply.json()["error"]["message"] == "tiny has no chat template: use /v1/completions"
+
+
+class Gated(Engine):
+    """An engine that steps only while its gate is open."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.gate, self.entered = threading.Event(), threading.Event()
+
+    def step(self):
+        self.entered.set()
+        assert self.gate.wait(20)
+        return super().step()
+
+
+def test_a_full_queue_turns_clients_away():
+    """The first has the row; of those that come during its first step, one may wait."""
+    made, replies = engine(Gated, rows=1, max_queue=1), []
+    with served(made) as (_, server, address):
+        asked = {"prompt": "a", "max_tokens": 3, "seed": 1}
+
+        def ask():
+            replies.append(httpx.post(address + COMPLETIONS, json=asked, timeout=20))
+
+        threads = [threading.Thread(target=ask) for _ in range(6)]
+        threads[0].start()
+        assert made.entered.wait(20)
+        for thread in threads[1:]:
+            thread.start()
+        until(lambda: server.thread._commands.qsize() == 5)
+        made.gate.set()
+        for thread in threads:
+            thread.join()
+        assert sorted(reply.status_code for reply in replies) == [200, 200, 429, 429, 429, 429]
+        for reply in replies:
+            if reply.status_code == 200:
+                assert reply.json()["choices"][0]["text"] == alone("a", 3, Options(seed=1))
+            else:
+                assert reply.headers["Retry-After"] == "1"
+                told = reply.json()["error"]
+                assert told["type"] == "rate_limit_error"
+                assert told["message"] == "1 requests wait, the most that may: try again later"
+        assert metrics(address)['q3n_http_requests_total{outcome="refused"}'] == 4
+
+
+def test_choices_are_taken_or_refused_together():
+    async def scene():
+        made = engine(max_queue=3)
+        thread = EngineThread(made)
+        ok = Request(prompt=[1], max_new_tokens=2)
+        job = Job([ok, ok, Request(prompt=[1], max_new_tokens=500)])
+        thread.submit(job)
+        assert isinstance(await job.updates.get(), ValueError)
+        until(lambda: thread.counts[:2] == (0, 0))
+        thread.stop()
+        thread.join()
+        assert made.counts().drawn_tokens == 0
+
+    asyncio.run(scene())
+
+
+def test_cancelling_counts_within_a_step():
+    async def scene():
+        made = engine(Gated)
+        thread = EngineThread(made)
+        job = Job([Request(prompt=[1], max_new_tokens=50)] * 2)
+        thread.submit(job)
+        assert isinstance(await job.updates.get(), Accepted)
+        assert made.entered.wait(20)
+        thread.cancel(job)
+        made.gate.set()
+        await asyncio.to_thread(until, lambda: thread.counts[:2] == (0, 0))
+        assert thread.steps == 1
+        thread.stop()
+        thread.join()
+        with pytest.raises(ClosedError, match="the engine has stopped: start the server again"):
+            thread.submit(Job([]))
+        assert not thread.running
+
+    asyncio.run(scene())
+
+
+def leave(made, server, address, *, stream):
+    """Ask for three long texts, and leave while they are being written."""
+    with httpx.stream("POST", address + COMPLETIONS, json={**LONG, "stream": stream, "n": 3}, timeout=0.5) as reply:
+        made.gate.set()
+        until(lambda: server.thread.steps > 3)
+        made.gate.clear()
+        list(reply.iter_lines())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_takes_its_requests_along(stream):
+    made = engine(Gated, rows=2)
+    with served(made) as (_, server, address):
+        with pytest.raises(httpx.ReadTimeout):
+            leave(made, server, address, stream=stream)
+        until(lambda: server.thread._commands.qsize() == 1)
+        steps = server.thread.steps
+        made.gate.set()
+        until(lambda: server.thread.counts[:2] == (0, 0))
+        assert server.thread.steps == steps + 1
+        assert server.thread.counts.drawn_tokens < 40
+        assert metrics(address)['q3n_http_requests_total{outcome="cancelled"}'] == 1
+
+
+def test_on_the_way_down_streams_end_cleanly():
+    made = engine(Gated)
+    with served(made) as (http, _, address), httpx.stream("POST", address + COMPLETIONS, json=LONG) as reply:
+        made.gate.set()
+        lines = reply.iter_lines()
+        assert json.loads(next(lines).removeprefix("data: "))["choices"][0]["index"] == 0
+        http.should_exit = True
+        rest = [line for line in lines if line]
+        told = json.loads(rest[-2].removeprefix("data: "))["error"]
+        assert (told["message"], told["type"]) == ("the server is shutting down", "server_error")
+        assert rest[-1] == "data: [DONE]"
+
+
+class Failing(Engine):
+    """An engine that breaks at its fifth token."""
+
+    def step(self):
+        if self.counts().drawn_tokens == 5:
+            raise RuntimeError("out of memory")
+        return super().step()
+
+
+def test_an_engine_that_fails_is_told_to_all(caplog):
+    with served(engine(Failing)) as (_, server, address):
+        with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as web:
+            with pytest.raises(openai.APIError, match="the engine failed"):
+                list(web.completions.create(model="tiny", **LONG))
+            with pytest.raises(openai.InternalServerError, match="the engine has stopped: start the server again"):
+                web.completions.create(model="tiny", prompt="a")
+        until(lambda: not server.thread.running)
+        reply = httpx.get(f"{address}/health")
+        assert (reply.status_code, reply.json()) == (503, {"status": "failed"})
+        assert metrics(address)['q3n_http_requests_total{outcome="failed"}'] == 2
+    assert "out of memory" in caplog.text
+
+
+def test_load_of_clients_that_come_leave_and_err():
+    """64 streams at once over 8 rows: no wrong text, nothing left behind."""
+    generator = random.Random(0)
+    kinds = [
+        {"prompt": "Hear me " * generator.randrange(3) + str(i), "max_tokens": generator.randrange(5, 40), "seed": i}
+        for i in range(16)
+    ]
+    expected = [alone(k["prompt"], k["max_tokens"], Options(seed=k["seed"])) for k in kinds]
+
+    async def write(web, number):
+        kind, leaves = number % 16, generator.random() < 0.3
+        after = generator.randrange(1, 5) if leaves else 1000
+        await asyncio.sleep(generator.random() / 5)
+        text = ""
+        async with await web.completions.create(model="tiny", stream=True, **kinds[kind]) as stream:
+            async for chunk in stream:
+                text += chunk.choices[0].text
+                after -= 1
+                if not after:
+                    return False
+        assert text == expected[kind], number
+        return True
+
+    async def err(web, number):
+        path, body, status, message, _ = REFUSED[number % len(REFUSED)]
+        content = body if isinstance(body, bytes) else json.dumps(body)
+        reply = await web.post(path, content=content, headers={"Content-Type": "application/json"})
+        assert (reply.status_code, reply.json()["error"]["message"][:4]) == (status, message[:4])
+
+    async def scene(address):
+        address_v1 = f"{address}/v1"
+        async with (
+            openai.AsyncOpenAI(base_url=address_v1, api_key="none", max_retries=0, timeout=60) as web,
+            httpx.AsyncClient(base_url=address, timeout=60) as raw,
+        ):
+            writers = [write(web, number) for number in range(64)]
+            finished, _ = await asyncio.gather(
+                asyncio.gather(*writers), asyncio.gather(*(err(raw, n) for n in range(24)))
+            )
+            return finished
+
+    with served(engine(rows=8, max_queue=64, prefix_bytes=1 << 20)) as (_, server, address):
+        finished = asyncio.run(scene(address))
+        assert 30 < sum(finished) < 64
+        until(lambda: server.thread.counts[:2] == (0, 0))
+        assert server.thread.running
+        assert server.thread._jobs == {}
+        made = metrics(address)
+        ended = {o: made[f'q3n_http_requests_total{{outcome="{o}"}}'] for o in ("finished", "cancelled", "failed")}
+        assert ended["failed"] == 0
+        assert ended["finished"] >= sum(finished)
+        assert ended["finished"] + ended["cancelled"] == 64
+        reply = httpx.post(address + COMPLETIONS, json=kinds[0])
+        assert reply.json()["choices"][0]["text"] == expected[0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("served") / "tiny"
+    checkpoint.save(made, TREE, CONFIG, None, checkpoint.Extras({}, tokenizer.files(WORDS)))
+    return made
+
+
+def test_the_command_serves_until_it_is_told_to_end(folder):
+    """In a process of its own: a stream ends cleanly though SIGTERM comes in the middle of it."""
+    command = [sys.executable, "-m", "q3n_functional", "serve", str(folder), "--port", "0", "--max-length", "999"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        address = next(found[0] for line in process.stderr if (found := re.findall(r"http://127\S+", line)))
+        (model,) = httpx.get(f"{address}/v1/models").json()["data"]
+        assert (model["id"], model["max_model_len"], model["chat"]) == ("tiny", 999, False)
+        asked = {**LONG, "max_tokens": 990}
+        with httpx.stream("POST", address + COMPLETIONS, json=asked, timeout=60) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            rest = [line for line in lines if line]
+        assert rest[-1] == "data: [DONE]"
+        assert "the server is shutting down" in rest[-2]
+        assert "Traceback" not in process.stderr.read()
+    assert process.returncode == -signal.SIGTERM
+
+
+def test_without_the_extra_the_command_says_what_to_install(folder, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "q3n_functional.serve")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["serve", str(folder)])
+    assert capsys.readouterr().err.endswith(": pip install 'q3n-functional[serve]'\n")
