@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from q3n_functional import checkpoint, tokenizer
+from tests.servers import CONFIG, TREE, WORDS
+
 BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
 
 
@@ -47,3 +50,15 @@ def test_scaling_measures_one_and_two_ranks(tmp_path):
     assert found[one, "tokens_per_s"] == pytest.approx(2 * 64 / found[one, "step_ms"] * 1e3, rel=1e-3)
     ratio = found[two, "tokens_per_s"] / found[one, "tokens_per_s"] / 2
     assert found[two, "efficiency"] == pytest.approx(ratio, rel=1e-3)
+
+
+def test_serve_load_measures_and_finds_nothing_wrong(tmp_path):
+    checkpoint.save(tmp_path / "model", TREE, CONFIG, None, checkpoint.Extras({}, tokenizer.files(WORDS)))
+    command = [sys.executable, BENCHMARKS / "serve_load.py", tmp_path / "model", "--out", tmp_path, "--tokens", "9"]
+    command += ["--streams", "8", "--requests", "24", "--capacity", "4"]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    found = {row["metric"]: row["value"] for row in json.loads((tmp_path / "serve_load.json").read_text())}
+    assert (found["wrong_texts"], found["wrong_refusals"], found["left_behind"]) == (0, 0, 0)
+    assert found["finished"] + found["left"] == 24
+    assert found["finished"] > 12
+    assert min(found[name] for name in ("tokens_per_s", "first_token_p50_s", "first_token_p95_s", "between_p50_s")) > 0
