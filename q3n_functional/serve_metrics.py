@@ -33,7 +33,7 @@ class _EngineCollector(Collector):
 class Metrics:
     """The counts of one server; `registry` has them all.
 
-    outcomes: HTTP requests by how they ended. first_token: seconds from a request's coming to its first token.
+    outcomes: HTTP requests by how they ended. first_token: seconds from when the engine is asked to the first token.
     """
 
     def __init__(self, thread: EngineThread) -> None:
@@ -42,5 +42,5 @@ class Metrics:
         self.outcomes = Counter("q3n_http_requests", "Requests by outcome.", ["outcome"], registry=self.registry)
         for outcome in OUTCOMES:
             self.outcomes.labels(outcome)
-        about = "Seconds from a request's coming to its first token."
+        about = "Seconds from when the engine is asked to the first token."
         self.first_token = Histogram("q3n_time_to_first_token_seconds", about, buckets=BUCKETS, registry=self.registry)

@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator, model_validator
 from tokenizers import Tokenizer
 
 from q3n_functional.batching import Event, Request
@@ -51,6 +51,12 @@ class Body(_Strict):
     seed: int | None = None
     stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
     user: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, fields: object) -> object:
+        """A field that is null is one that is not there, as with OpenAI."""
+        return {k: v for k, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
 
     def options(self) -> Options:
         """How to draw; without a seed, by a random one. Raises ValueError for values out of range."""

@@ -69,6 +69,12 @@ def test_several_prompts_and_choices(client):
     )
 
 
+def test_null_is_as_good_as_nothing(tiny):
+    asked = {"prompt": "a", "seed": 2, "max_tokens": None, "temperature": None, "stop": None, "n": None, "model": None}
+    reply = httpx.post(tiny[1] + COMPLETIONS, json=asked)
+    assert reply.json()["choices"][0]["text"] == alone("a", 16, Options(seed=2))
+
+
 def test_without_a_seed_texts_differ(client):
     reply = client.completions.create(model="tiny", prompt="a", max_tokens=20)
     again = client.completions.create(model="tiny", prompt="a", max_tokens=20)
