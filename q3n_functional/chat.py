@@ -165,11 +165,10 @@ STORE_BYTES = 256 << 20
 def talk(speaker: Speaker, system: str, max_length: int, max_new_tokens: int, options: Options) -> None:
     """A conversation in the terminal: reads a line, streams the answer, and so on until the end of input.
 
-    An interrupt (Ctrl-C) ends the answer that is being written; what there is of it counts as said. Raises ValueError
-    for a folder without a template.
+    An interrupt (Ctrl-C) ends the answer that is being written; what there is of it counts as said. The
+    speaker has a template.
     """
-    if speaker.template is None:
-        raise ValueError("the folder has no chat template (chat_template.jinja): use q3n generate")
+    assert speaker.template is not None
     params, config = speaker.model.params, speaker.model.config
     engine = Engine(
         params, config, rows=1, capacity=max_length, tokenizer=speaker.words, prefix_bytes=STORE_BYTES

@@ -47,6 +47,7 @@ def chat(
         device: "auto" is cuda where there is one, else cpu.
     """
     from q3n_functional import chat as chats
+    from q3n_functional.config import Config
     from q3n_functional.sampling import Options
     from q3n_functional.train_state import model_folder
 
@@ -54,8 +55,13 @@ def chat(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty, seed=seed,
     )  # fmt: skip
-    speaker = chats.load(model_folder(folder), _dtype(dtype), device)
-    chats.talk(speaker, system, chats.room(speaker.model.config, max_length), max_new_tokens, options)
+    found = model_folder(folder)
+    length = chats.room(Config.from_json(found / "config.json"), max_length)
+    if chats.read(found) is None:
+        raise ValueError(f"{found} has no chat template (chat_template.jinja): use q3n generate")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
+    chats.talk(chats.load(found, _dtype(dtype), device), system, length, max_new_tokens, options)
 
 
 def serve(
@@ -93,17 +99,21 @@ def serve(
     """
     from q3n_functional import chat as chats
     from q3n_functional.batching import Engine
+    from q3n_functional.config import Config
     from q3n_functional.train_state import model_folder
 
     try:
         from q3n_functional.serve import run
     except ModuleNotFoundError as error:
         raise ValueError(f"q3n serve: {error}: pip install 'q3n-functional[serve]'") from error
-    speaker = chats.load(model_folder(folder), _dtype(dtype), device)
+    if capacity < 1:
+        raise ValueError(f"capacity must be 1 or more, got {capacity}")
+    found = model_folder(folder)
+    length = chats.room(Config.from_json(found / "config.json"), max_length)
+    speaker = chats.load(found, _dtype(dtype), device)
     engine = Engine(
-        speaker.model.params, speaker.model.config, rows=capacity,
-        capacity=chats.room(speaker.model.config, max_length), tokenizer=speaker.words, max_queue=max_queue,
-        chunk_length=chunk_length, prefix_bytes=prefix_mib << 20, compile=compile,
+        speaker.model.params, speaker.model.config, rows=capacity, capacity=length, tokenizer=speaker.words,
+        max_queue=max_queue, chunk_length=chunk_length, prefix_bytes=prefix_mib << 20, compile=compile,
     )  # fmt: skip
     run(engine, speaker, name or folder.resolve().name, host, port)
 

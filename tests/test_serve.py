@@ -236,6 +236,21 @@ def test_the_command_serves_until_it_is_told_to_end(folder):
     assert process.returncode == -signal.SIGTERM
 
 
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        (("--capacity", "0"), "capacity must be 1 or more, got 0"),
+        (("--max-length", "2000"), "max_length must be 1 to 1024, the model's positions, or 0 to choose; got 2000"),
+        (("--max-queue", "0"), "max_queue must be 1 or more, got 0"),
+        (("--prefix-mib", "-1"), "max_bytes must be 0 (nothing is kept) or more, got -1048576"),
+    ],
+)
+def test_options_out_of_range_are_refused(folder, capsys, option, told):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["serve", str(folder), *option])
+    assert capsys.readouterr().err == f"q3n: {told}\n"
+
+
 def test_without_the_extra_the_command_says_what_to_install(folder, monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "q3n_functional.serve")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
