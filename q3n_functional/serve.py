@@ -226,6 +226,7 @@ class Server:
         app.exception_handler(RefusalError)(self._refused)
         app.exception_handler(RequestValidationError)(self._invalid)
         app.exception_handler(HTTPException)(self._http_error)
+        app.exception_handler(Exception)(self._broken)
         return app
 
     @asynccontextmanager
@@ -326,6 +327,9 @@ class Server:
     async def _http_error(self, request: Request, failed: Exception) -> Response:
         assert isinstance(failed, HTTPException)
         return JSONResponse(error(f"{request.method} {request.url.path}: {failed.detail}"), failed.status_code)
+
+    async def _broken(self, _: Request, __: Exception) -> Response:
+        return JSONResponse(error("the server has failed: its log says how", "server_error"), 500)
 
 
 async def _unless_left(request: Request, work: Awaitable[Json]) -> Json:

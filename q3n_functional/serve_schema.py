@@ -12,14 +12,21 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictInt, field_validator, model_validator
 from tokenizers import Tokenizer
 
 from q3n_functional.batching import Event, Request
 from q3n_functional.sampling import Options
 
+
+def _encodable(text: str) -> str:
+    text.encode()  # JSON can spell halves of characters, which are in no text; the error says where one is
+    return text
+
+
 Json = dict[str, Any]
-Text = Annotated[str, Field(min_length=1)]
+Unicode = Annotated[str, AfterValidator(_encodable)]
+Text = Annotated[Unicode, Field(min_length=1)]
 Tokens = Annotated[list[StrictInt], Field(min_length=1)]
 
 
@@ -75,7 +82,7 @@ class Body(_Strict):
 class CompletionBody(Body):
     """POST /v1/completions. A prompt is text or tokens. `logprobs` 0 gives those of the tokens drawn."""
 
-    prompt: str | Tokens | Annotated[list[str], Field(min_length=1)] | Annotated[list[Tokens], Field(min_length=1)]
+    prompt: Unicode | Tokens | Annotated[list[Unicode] | list[Tokens], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] = 16
     logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
 
@@ -97,7 +104,7 @@ class MessageBody(_Strict):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str
+    content: Unicode
 
     @field_validator("content", mode="before")
     @classmethod
@@ -140,14 +147,15 @@ def invalid_error(found: Sequence[Any]) -> Json:
     if first["type"] == "json_invalid":
         return error(f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}")
     param = str(first["loc"][1]) if len(first["loc"]) > 1 else None
-    return error("; ".join(map(_complaint, found[:4])), param=param)
+    return error("; ".join(map(_complaint, found[:3])), param=param)
 
 
 def _complaint(each: Any) -> str:
-    where = ".".join(map(str, each["loc"][1:])) or "the body"
+    # Among the names pydantic has those of the types that it tried, such as list[str].
+    where = ".".join(x for x in map(str, each["loc"][1:]) if x.isidentifier() or x.isdigit()) or "the body"
     if each["type"] == "extra_forbidden":
         return f"{where}: this server has no such field: leave it out"
-    got = f", got {each['input']!r:.80}" if isinstance(each["input"], int | float | str) else ""
+    got = f", got {each['input']!r:.40}" if isinstance(each["input"], int | float | str) else ""
     return f"{where}: {each['msg']}{got}"
 
 

@@ -15,6 +15,7 @@ from q3n_functional.sampling import Options
 from tests.servers import CONFIG, END, TEMPLATE, TREE, WORDS, alone, engine, metrics, served
 
 LONG = {"prompt": "a", "max_tokens": 120, "seed": 1, "stream": True, "logit_bias": {END: -100}}
+LETTERS = {str(65 + i): 30.0 for i in range(4)}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,10 @@ def client(tiny):
         ({"seed": 3}, Options(seed=3)),
         ({"seed": 4, "top_p": 0.8, "presence_penalty": 0.5}, Options(seed=4, top_p=0.8, presence_penalty=0.5)),
         ({"seed": 5, "logit_bias": {"65": 9.0}}, Options(seed=5, logit_bias={65: 9.0})),
-        ({"seed": 5, "frequency_penalty": 2, "stop": ["A", "B"]}, Options(seed=5, frequency_penalty=2.0)),
+        (
+            {"seed": 5, "logit_bias": LETTERS, "stop": ["BA", "CD"]},
+            Options(seed=5, logit_bias={int(token): bias for token, bias in LETTERS.items()}),
+        ),
         (
             {"seed": 6, "extra_body": {"top_k": 9, "min_p": 0.1, "repetition_penalty": 1.3}},
             Options(seed=6, top_k=9, min_p=0.1, repetition_penalty=1.3),
@@ -89,8 +93,7 @@ def test_a_stop_token_ends_a_text_and_is_not_in_it(client):
 
 
 def test_logprobs_are_those_of_the_tokens_drawn(client):
-    letters = {str(65 + i): 30.0 for i in range(4)}
-    asked = {"model": "tiny", "max_tokens": 8, "seed": 1, "logit_bias": letters}
+    asked = {"model": "tiny", "max_tokens": 8, "seed": 1, "logit_bias": LETTERS}
     choice = client.completions.create(prompt="a", logprobs=0, **asked).choices[0]
     assert "".join(choice.logprobs.tokens) == choice.text
     assert choice.logprobs.text_offset == list(range(8))
@@ -183,6 +186,14 @@ REFUSED = [
     (COMPLETIONS, b"[" * 100_000, 400, "POST /v1/completions: There was an error parsing the body", None),
     (COMPLETIONS, b" " * 1_100_000, 413, "POST /v1/completions: the body has more than 1056768 bytes: shorten it",
      None),
+    (COMPLETIONS, b'{"prompt": "\\ud800"}', 400, "prompt: Value error, 'utf-8' codec can't encode", "prompt"),
+    (
+        CHAT,
+        {"messages": [{"role": "user", "content": "\ud800"}]},
+        400,
+        "messages.0.content: Value error, 'utf-8' codec can't encode character '\\ud800' in position 0",
+        "messages",
+    ),
     (CHAT, {"messages": []}, 400, "messages: List should have at least 1 item after validation, not 0", "messages"),
     (CHAT, {"messages": [{"role": "robot", "content": "a"}]}, 400, "messages.0.role: Input should be 'system', "
      "'developer', 'user' or 'assistant', got 'robot'", "messages"),
