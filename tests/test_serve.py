@@ -39,7 +39,7 @@ def client(tiny):
         ({"seed": 4, "top_p": 0.8, "presence_penalty": 0.5}, Options(seed=4, top_p=0.8, presence_penalty=0.5)),
         ({"seed": 5, "logit_bias": {"65": 9.0}}, Options(seed=5, logit_bias={65: 9.0})),
         (
-            {"seed": 5, "logit_bias": LETTERS, "stop": ["BA", "CD"]},
+            {"seed": 5, "logit_bias": LETTERS, "stop": ["bb", "dda"]},
             Options(seed=5, logit_bias={int(token): bias for token, bias in LETTERS.items()}),
         ),
         (
