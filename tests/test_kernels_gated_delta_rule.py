@@ -208,7 +208,7 @@ class TestKernels:
         ("batch", "length", "heads", "pieces"),
         [(1, 32768, 8, 8), (1, 32768, 4, 16), (1, 32768, 16, 1), (1, 4096, 8, 1)],
     )
-    def test_few_heads_and_long_sequences_are_cut(self, monkeypatch, batch, length, heads, pieces):
+    def test_few_heads_and_long_sequences_are_cut(self, batch, length, heads, pieces):
         q, v = (torch.empty(1, 1, 1, 128, device=DEVICE).expand(batch, length, n, 128) for n in (1, heads))
         g = torch.empty(1, 1, 1, device=DEVICE).expand(batch, length, heads)
         assert kernels()._num_pieces(kernels()._problem(q, q, v, g, g, None, 64)) == pieces
