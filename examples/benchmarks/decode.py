@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import report
 import torch
 from training_step import module_of, random_tokens, versions, wait, weights
 
@@ -244,17 +245,13 @@ def main() -> None:
         return
     if device == "cpu" and not options.tiny:
         raise SystemExit("there is no CUDA card here: --tiny runs it at a small size")
-    card = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    where = {"card": card, "commit": options.commit, "versions": versions()}
     rows = []
     for case in [CASES[number] for number in options.cases]:
         for implementation in options.only:
             if case.startswith("drafts") and implementation == "transformers":
                 continue
             rows += in_a_process(case, implementation, options)
-    options.out.mkdir(parents=True, exist_ok=True)
-    content = [{"benchmark": "decode", **row, **where} for row in rows]
-    (options.out / "decode.json").write_text(json.dumps(content, indent=1) + "\n")
+    report.write(rows, "decode", options.commit, options.out, **versions())
 
 
 if __name__ == "__main__":

@@ -39,11 +39,11 @@ def measured(case: str, implementation: str, run: Callable[[], dict[str, float]]
     ]  # fmt: skip
 
 
-def write(rows: Rows, benchmark: str, commit: str, out: Path) -> None:
-    """Write `out`/BENCHMARK.json."""
+def write(rows: Rows, benchmark: str, commit: str, out: Path, **versions: str) -> None:
+    """Write `out`/BENCHMARK.json; `versions` are those of other packages than torch and Triton."""
     where = {
         "card": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", "commit": commit,
-        "versions": {"torch": torch.__version__, "triton": triton.__version__},
+        "versions": {"torch": torch.__version__, "triton": triton.__version__, **versions},
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps([{"benchmark": benchmark, **row, **where} for row in rows], indent=1)

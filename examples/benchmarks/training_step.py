@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import report
 import torch
 import torch.utils._pytree as pytree
 
@@ -218,7 +219,7 @@ def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
-    for name in ("torch", "triton", "transformers", "flash-linear-attention"):
+    for name in ("transformers", "flash-linear-attention"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -241,15 +242,11 @@ def main() -> None:
         return
     if device == "cpu" and not options.tiny:
         raise SystemExit("there is no CUDA card here: --tiny runs it at a small size")
-    card = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    where = {"card": card, "commit": options.commit, "versions": versions()}
     rows = []
     for case in [list(CASES)[number] for number in options.cases]:
         for implementation in options.only:
             rows += in_a_process(case, implementation, options)
-    options.out.mkdir(parents=True, exist_ok=True)
-    content = [{"benchmark": "training_step", **row, **where} for row in rows]
-    (options.out / "training_step.json").write_text(json.dumps(content, indent=1) + "\n")
+    report.write(rows, "training_step", options.commit, options.out, **versions())
 
 
 if __name__ == "__main__":
