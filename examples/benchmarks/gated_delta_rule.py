@@ -14,6 +14,9 @@ A peer that is not installed is left out. flash-linear-attention alone refuses b
 """
 
 import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,6 +145,21 @@ def measure_decoding(batch: int) -> dict[str, float]:
     return {"ms": ms, "gb_per_s": 2 * states[0].nbytes / ms / 1e6}
 
 
+def measure_first_call() -> dict[str, float]:
+    """Forward and backward in a process of its own that finds no compiled kernel; its imports are left out."""
+    code = (
+        "import time, torch, gated_delta_rule as b; raw, gates, cu = b.raw_inputs(1, 4096, 16, 32, 0); "
+        "begin = time.perf_counter(); b.gradients(b.ours(gates), b.leaves(raw), torch.randn_like(raw[2]), cu); "
+        "torch.cuda.synchronize(); print(time.perf_counter() - begin)"
+    )
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "TRITON_CACHE_DIR": cache}
+        command = [sys.executable, "-c", code]
+        process = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
+    process.check_returncode()
+    return {"s": float(process.stdout.split()[-1])}
+
+
 def case_rows(case: str, peers: dict[str, Rule]) -> report.Rows:
     raw, gates, cu = raw_inputs(*CASES[case])
     rows = report.measured(case, "q3n", lambda: measure(ours(gates), raw, cu))
@@ -193,13 +211,12 @@ def main() -> None:
     options = parser.parse_args()
     peers = {name: rule for name in filter(None, options.peers.split(",")) if (rule := load_peer(name))}
     cases = [list(CASES)[int(n)] for n in options.cases.split(",")] if options.cases else list(CASES)
-    rows = error_rows(peers)
+    rows = report.measured("first call", "q3n", measure_first_call) + error_rows(peers)
+    for batch in (1, 32, 128):
+        rows += report.measured(f"decode {batch}", "q3n", lambda batch=batch: measure_decoding(batch))
     for case in cases:
         rows += case_rows(case, peers)
         report.write(rows, "gated_delta_rule", options.commit, options.out)  # a peer may take minutes for a shape
-    for batch in (1, 32, 128):
-        rows += report.measured(f"decode {batch}", "q3n", lambda batch=batch: measure_decoding(batch))
-    report.write(rows, "gated_delta_rule", options.commit, options.out)
     draw(rows, options.out / "gated_delta_rule.png")
 
 

@@ -63,6 +63,19 @@ def _chunk_at(tile, table, T, HK: gl.constexpr, DOCUMENTS: gl.constexpr):
 
 
 @gluon.jit
+def _told(info, n: gl.constexpr):
+    """A number that the copying warp left in shared memory."""
+    return gl.max(info.slice(n, 1).load(ROW), 0)
+
+
+@gluon.jit
+def _tell(info, chunk, start, hk):
+    at = gl.arange(0, 4, gl.BlockedLayout([4], [32], [1], [0]))
+    info.store(gl.where(at == 0, chunk, gl.where(at == 1, start, hk)))
+    barrier()
+
+
+@gluon.jit
 def _release(empty):
     """Tell the copying warp that this warpgroup has read a buffer."""
     barrier()
@@ -110,9 +123,10 @@ def _store(pointer, start, HEADS: gl.constexpr, head, first: gl.constexpr, x, la
 @gluon.jit
 def _copy(
     tiles, table, T, q_tma, k_tma, do_tma, u_tma, z_tma, h_tma, dh_tma, gates_tma,
-    tiles_s, halves_s, gates_s, bars,
+    tiles_s, halves_s, gates_s, info_s, bars,
     HK: gl.constexpr, HV: gl.constexpr, DOCUMENTS: gl.constexpr,
 ):  # fmt: skip
+    """Fetch the tiles of whole chunks, and tell the others chunk, first token and key head with each k; -1 ends."""
     n = 0
     m = 0
     for tile in tl.range(gl.program_id(0), tiles, gl.num_programs(0), disable_licm=True):
@@ -133,6 +147,7 @@ def _copy(
                 if turn == 0:
                     bar = bars.index(K + m % 2)
                     mbarrier.wait(bars.index(EMPTY + K + m % 2), (m // 2 & 1) ^ 1)
+                    _tell(info_s.index(m % 2), chunk, start, hk)
                     mbarrier.expect(bar, 64 * 128 * 2)
                     tma.async_copy_global_to_shared(k_tma, [start, hk * 128], bar, halves_s.index(2 + 2 * (m % 2)))
                     tma.async_copy_global_to_shared(k_tma, [start, hk * 128 + 64], bar, halves_s.index(3 + 2 * (m % 2)))
@@ -152,6 +167,9 @@ def _copy(
                     )
                 n += 1
             m += 1
+    mbarrier.wait(bars.index(EMPTY + K + m % 2), (m // 2 & 1) ^ 1)
+    _tell(info_s.index(m % 2), -1, 0, 0)
+    mbarrier.arrive(bars.index(K + m % 2), count=1)
 
 
 @gluon.jit
@@ -165,9 +183,8 @@ def _store_scaled(dv, start, HV: gl.constexpr, hv, Z, c_b, first: gl.constexpr):
 
 @gluon.jit
 def _queries(
-    tiles, table, T, scale, dq, dv, sums,
-    tiles_s, halves_s, gates_s, bars,
-    HK: gl.constexpr, HV: gl.constexpr, DOCUMENTS: gl.constexpr, NORMALISE: gl.constexpr,
+    scale, dq, dv, sums, tiles_s, halves_s, gates_s, info_s, bars,
+    HK: gl.constexpr, HV: gl.constexpr, NORMALISE: gl.constexpr,
 ):  # fmt: skip
     """dQ and, for the others, who have more to do, dV."""
     dtype: gl.constexpr = tiles_s.dtype
@@ -175,70 +192,76 @@ def _queries(
     j = _cols(gl.arange(0, 64, COL))
     n = 0
     m = 0
-    for tile in tl.range(gl.program_id(0), tiles, gl.num_programs(0), disable_licm=True):
-        chunk, hk, start, length = _chunk_at(tile, table, T, HK, DOCUMENTS)
-        if length == 64:
-            dQ0 = gl.zeros([64, 64], gl.float32, MMA)
-            dQ1 = gl.zeros([64, 64], gl.float32, MMA)
-            k0 = halves_s.index(2 + 2 * (m % 2))
-            k1 = halves_s.index(3 + 2 * (m % 2))
-            for turn in tl.range(0, HV // HK, disable_licm=True):
-                hv = hk * (HV // HK) + turn
-                s = n % 2
-                mbarrier.wait(bars.index(ROWS + s), n // 2 & 1)
-                c_b = gates_s.index(2 * s).reshape([128])
-                r_kq = gates_s.index(2 * s + 1).reshape([128])
-                do = tiles_s.index(3 * s)
-                G = _times(do, tiles_s.index(3 * s + 1).permute((1, 0)))
-                c = c_b.slice(0, 64).load(ROW)
-                r_q = r_kq.slice(64, 64).load(ROW)
-                G = warpgroup_mma_wait(0, deps=[G])
-                decay = _rows(c) - _cols(c_b.slice(0, 64).load(COL))
-                D = G * gl.exp2(gl.where(i >= j, decay, float("-inf")))
-                D *= _cols(scale * c_b.slice(64, 64).load(COL) * r_kq.slice(0, 64).load(COL))
-                low = D.to(dtype)
-                if turn == 0:
-                    mbarrier.wait(bars.index(K + m % 2), m // 2 & 1)
-                    mbarrier.wait(bars.index(Q), m & 1)
-                QK = _times(halves_s.index(0), k0.permute((1, 0)))
-                QK = warpgroup_mma(halves_s.index(1), k1.permute((1, 0)), QK, is_async=True)
-                QK = warpgroup_mma_wait(0, deps=[QK])
-                d_c = gl.sum(gl.where(i > j, D * QK, 0.0), 1)
-                D_low = gl.convert_layout(low, OPERAND)
-                mbarrier.wait(bars.index(STATES), n & 1)
-                x0 = _times(do, tiles_s.index(STATES_AT + 0).permute((1, 0)))
-                gam = gl.exp2(c) * scale
-                x0 = warpgroup_mma_wait(0, deps=[x0])
-                d_c += _dot_rows(x0, halves_s.index(0).load(MMA)) * gam
-                dQ0 += x0 * _rows(gam)
-                x1 = _times(do, tiles_s.index(STATES_AT + 1).permute((1, 0)))
-                x1 = warpgroup_mma_wait(0, deps=[x1])
-                d_c += _dot_rows(x1, halves_s.index(1).load(MMA)) * gam
-                dQ1 += x1 * _rows(gam)
-                y = _times(D_low, k0)
-                _release(bars.index(EMPTY + STATES))
-                gl.store(sums + (chunk * HV + hv).to(gl.int64) * 384 + gl.arange(0, 64, ROW), d_c * r_q)
-                _store_scaled(dv, start, HV, hv, tiles_s.index(3 * s + 2), c_b, 0)
-                y = warpgroup_mma_wait(0, deps=[y])
-                dQ0 += y
-                y = _times(D_low, k1)
-                _store_scaled(dv, start, HV, hv, tiles_s.index(3 * s + 2), c_b, 32)
-                y = warpgroup_mma_wait(0, deps=[y])
-                dQ1 += y
-                if turn == HV // HK - 1:
-                    if NORMALISE:
-                        q0 = halves_s.index(0).load(MMA)
-                        q1 = halves_s.index(1).load(MMA)
-                        along = (_dot_rows(dQ0, q0) + _dot_rows(dQ1, q1)) * r_q * r_q
-                        dQ0 = (dQ0 - q0.to(gl.float32) * _rows(along)) * _rows(r_q)
-                        dQ1 = (dQ1 - q1.to(gl.float32) * _rows(along)) * _rows(r_q)
-                    _release(bars.index(EMPTY + Q))
-                    mbarrier.arrive(bars.index(EMPTY + K + m % 2), count=1)
-                    _store(dq, start, HK, hk, 0, dQ0, MMA)
-                    _store(dq, start, HK, hk, 64, dQ1, MMA)
-                _release(bars.index(EMPTY + ROWS + s))
-                n += 1
-            m += 1
+    mbarrier.wait(bars.index(K), 0)
+    chunk = _told(info_s.index(0), 0)
+    while chunk >= 0:
+        start = _told(info_s.index(m % 2), 1)
+        hk = _told(info_s.index(m % 2), 2)
+        dQ0 = gl.zeros([64, 64], gl.float32, MMA)
+        dQ1 = gl.zeros([64, 64], gl.float32, MMA)
+        k0 = halves_s.index(2 + 2 * (m % 2))
+        k1 = halves_s.index(3 + 2 * (m % 2))
+        for turn in tl.range(0, HV // HK, disable_licm=True):
+            hv = hk * (HV // HK) + turn
+            s = n % 2
+            mbarrier.wait(bars.index(ROWS + s), n // 2 & 1)
+            c_b = gates_s.index(2 * s).reshape([128])
+            r_kq = gates_s.index(2 * s + 1).reshape([128])
+            do = tiles_s.index(3 * s)
+            G = _times(do, tiles_s.index(3 * s + 1).permute((1, 0)))
+            c = c_b.slice(0, 64).load(ROW)
+            r_q = r_kq.slice(64, 64).load(ROW)
+            G = warpgroup_mma_wait(0, deps=[G])
+            decay = _rows(c) - _cols(c_b.slice(0, 64).load(COL))
+            D = G * gl.exp2(gl.where(i >= j, decay, float("-inf")))
+            D *= _cols(scale * c_b.slice(64, 64).load(COL) * r_kq.slice(0, 64).load(COL))
+            low = D.to(dtype)
+            if turn == 0:
+                mbarrier.wait(bars.index(Q), m & 1)
+            QK = _times(halves_s.index(0), k0.permute((1, 0)))
+            QK = warpgroup_mma(halves_s.index(1), k1.permute((1, 0)), QK, is_async=True)
+            QK = warpgroup_mma_wait(0, deps=[QK])
+            d_c = gl.sum(gl.where(i > j, D * QK, 0.0), 1)
+            D_low = gl.convert_layout(low, OPERAND)
+            mbarrier.wait(bars.index(STATES), n & 1)
+            x0 = _times(do, tiles_s.index(STATES_AT + 0).permute((1, 0)))
+            gam = gl.exp2(c) * scale
+            x0 = warpgroup_mma_wait(0, deps=[x0])
+            d_c += _dot_rows(x0, halves_s.index(0).load(MMA)) * gam
+            dQ0 += x0 * _rows(gam)
+            x1 = _times(do, tiles_s.index(STATES_AT + 1).permute((1, 0)))
+            x1 = warpgroup_mma_wait(0, deps=[x1])
+            d_c += _dot_rows(x1, halves_s.index(1).load(MMA)) * gam
+            dQ1 += x1 * _rows(gam)
+            y = _times(D_low, k0)
+            _release(bars.index(EMPTY + STATES))
+            gl.store(sums + (chunk * HV + hv).to(gl.int64) * 384 + gl.arange(0, 64, ROW), d_c * r_q)
+            _store_scaled(dv, start, HV, hv, tiles_s.index(3 * s + 2), c_b, 0)
+            y = warpgroup_mma_wait(0, deps=[y])
+            dQ0 += y
+            y = _times(D_low, k1)
+            _store_scaled(dv, start, HV, hv, tiles_s.index(3 * s + 2), c_b, 32)
+            y = warpgroup_mma_wait(0, deps=[y])
+            dQ1 += y
+            if turn == HV // HK - 1:
+                if NORMALISE:
+                    q0 = halves_s.index(0).load(MMA)
+                    q1 = halves_s.index(1).load(MMA)
+                    along = (_dot_rows(dQ0, q0) + _dot_rows(dQ1, q1)) * r_q * r_q
+                    dQ0 = (dQ0 - q0.to(gl.float32) * _rows(along)) * _rows(r_q)
+                    dQ1 = (dQ1 - q1.to(gl.float32) * _rows(along)) * _rows(r_q)
+                # Loads of q may be under way when the copy engine is told that it may write there: ptxas moves their
+                # uses behind the barrier, and the barrier orders them with other loads and stores only.
+                fence_async_shared()
+                _release(bars.index(EMPTY + Q))
+                mbarrier.arrive(bars.index(EMPTY + K + m % 2), count=1)
+                _store(dq, start, HK, hk, 0, dQ0, MMA)
+                _store(dq, start, HK, hk, 64, dQ1, MMA)
+            _release(bars.index(EMPTY + ROWS + s))
+            n += 1
+        m += 1
+        mbarrier.wait(bars.index(K + m % 2), m // 2 & 1)
+        chunk = _told(info_s.index(m % 2), 0)
 
 
 @gluon.jit
@@ -279,97 +302,99 @@ def _transposed(do, U, k0, k1, halves_s, scale, c_b, r_kq, i, j):
 
 @gluon.jit
 def _keys(
-    tiles, table, T, scale, dk, sums,
-    tiles_s, halves_s, gates_s, sums_s, bars,
-    HALF: gl.constexpr, HK: gl.constexpr, HV: gl.constexpr, DOCUMENTS: gl.constexpr, NORMALISE: gl.constexpr,
+    scale, dk, sums, tiles_s, halves_s, gates_s, sums_s, info_s, bars,
+    HALF: gl.constexpr, HK: gl.constexpr, HV: gl.constexpr, NORMALISE: gl.constexpr,
 ):  # fmt: skip
     """Half of the columns of dK, and what they add to the gradient of c."""
     i = _rows(gl.arange(0, 64, ROW))
     j = _cols(gl.arange(0, 64, COL))
     n = 0
     m = 0
-    for tile in tl.range(gl.program_id(0), tiles, gl.num_programs(0), disable_licm=True):
-        chunk, hk, start, length = _chunk_at(tile, table, T, HK, DOCUMENTS)
-        if length == 64:
-            dK = gl.zeros([64, 64], gl.float32, MMA)
-            k0 = halves_s.index(2 + 2 * (m % 2))
-            k1 = halves_s.index(3 + 2 * (m % 2))
+    mbarrier.wait(bars.index(K), 0)
+    chunk = _told(info_s.index(0), 0)
+    while chunk >= 0:
+        start = _told(info_s.index(m % 2), 1)
+        hk = _told(info_s.index(m % 2), 2)
+        dK = gl.zeros([64, 64], gl.float32, MMA)
+        k0 = halves_s.index(2 + 2 * (m % 2))
+        k1 = halves_s.index(3 + 2 * (m % 2))
+        if HALF == 0:
+            mine = k0
+            other = halves_s.index(0)
+            own = k0
+        else:
+            mine = halves_s.index(1)
+            other = k1
+            own = k1
+        for turn in tl.range(0, HV // HK, disable_licm=True):
+            hv = hk * (HV // HK) + turn
+            s = n % 2
+            mbarrier.wait(bars.index(ROWS + s), n // 2 & 1)
+            c_b = gates_s.index(2 * s).reshape([128])
+            r_kq = gates_s.index(2 * s + 1).reshape([128])
+            U = tiles_s.index(3 * s + 1)
+            Z = tiles_s.index(3 * s + 2)
+            if turn == 0:
+                mbarrier.wait(bars.index(Q), m & 1)
             if HALF == 0:
-                mine = k0
-                other = halves_s.index(0)
-                own = k0
+                low, d_c, d_beta = _mirrored(Z, U, k0, k1, c_b, r_kq, i, j)
             else:
-                mine = halves_s.index(1)
-                other = k1
-                own = k1
-            for turn in tl.range(0, HV // HK, disable_licm=True):
-                hv = hk * (HV // HK) + turn
-                s = n % 2
-                mbarrier.wait(bars.index(ROWS + s), n // 2 & 1)
-                c_b = gates_s.index(2 * s).reshape([128])
-                r_kq = gates_s.index(2 * s + 1).reshape([128])
-                U = tiles_s.index(3 * s + 1)
-                Z = tiles_s.index(3 * s + 2)
-                if turn == 0:
-                    mbarrier.wait(bars.index(K + m % 2), m // 2 & 1)
-                    mbarrier.wait(bars.index(Q), m & 1)
-                if HALF == 0:
-                    low, d_c, d_beta = _mirrored(Z, U, k0, k1, c_b, r_kq, i, j)
-                else:
-                    low, d_c = _transposed(tiles_s.index(3 * s), U, k0, k1, halves_s, scale, c_b, r_kq, i, j)
-                    d_beta = gl.zeros([64], gl.float32, ROW)
-                mbarrier.wait(bars.index(EMPTY + MATRIX + HALF), (n & 1) ^ 1)
-                halves_s.index(6 + HALF).store(low)
-                fence_async_shared()
-                _release(bars.index(MATRIX + HALF))
-                y = _times(gl.convert_layout(low, OPERAND), mine)
-                mbarrier.wait(bars.index(MATRIX + 1 - HALF), n & 1)
-                y = warpgroup_mma(halves_s.index(7 - HALF), other, y, is_async=True)
-                mbarrier.wait(bars.index(STATES), n & 1)
-                xU = _times(U, tiles_s.index(STATES_AT + 2 + HALF).permute((1, 0)))
-                y = warpgroup_mma_wait(1, deps=[y])
-                dK += y
-                # <S, dS>, in pieces that the registers hold
-                inner = gl.zeros([16, 128], gl.float32, FLAT)
-                for piece in gl.static_range(4):
-                    part = tiles_s.index(STATES_AT + HALF).slice(16 * piece, 16).load(FLAT).to(gl.float32)
-                    inner += part * tiles_s.index(STATES_AT + 2 + HALF).slice(16 * piece, 16).load(FLAT).to(gl.float32)
-                c = c_b.slice(0, 64).load(ROW)
-                step = c_b.slice(64, 64).load(ROW)
-                r_k = r_kq.slice(0, 64).load(ROW)
-                last = gl.sum(gl.where(gl.arange(0, 64, ROW) == 63, c, 0.0), 0)
-                at_last = gl.exp2(last) * gl.sum(gl.sum(inner, 1), 0)
-                dec = gl.exp2(last - c) * step
-                gam = gl.exp2(c) * step
-                xU = warpgroup_mma_wait(0, deps=[xU])
-                rows = own.load(MMA)
-                to_last = _dot_rows(xU, rows) * (dec * r_k)
-                dK += xU * _rows(dec)
-                xZ = _times(Z, tiles_s.index(STATES_AT + HALF).permute((1, 0)))
-                at_last += gl.sum(to_last, 0)
-                xZ = warpgroup_mma_wait(0, deps=[xZ])
-                to_last += _dot_rows(xZ, rows) * (gam * r_k)
-                dK -= xZ * _rows(gam)
-                _release(bars.index(EMPTY + STATES))
-                mbarrier.arrive(bars.index(EMPTY + MATRIX + 1 - HALF), count=1)
-                d_c = d_c * r_k - to_last + gl.where(gl.arange(0, 64, ROW) == 63, at_last, 0.0)
-                at = sums + (chunk * HV + hv).to(gl.int64) * 384 + HALF * 192 + gl.arange(0, 64, ROW)
-                gl.store(at + 64, d_c)
-                gl.store(at + 128, d_beta)
-                if turn == HV // HK - 1:
-                    if NORMALISE:
-                        along = _dot_rows(dK, rows)
-                        sums_s.index(HALF).store(along)
-                        _release(bars.index(SUMS + HALF))
-                        mbarrier.wait(bars.index(SUMS + 1 - HALF), m & 1)
-                        along = (along + sums_s.index(1 - HALF).load(ROW)) * r_k * r_k
-                        dK = (dK - rows.to(gl.float32) * _rows(along)) * _rows(r_k)
-                    _release(bars.index(EMPTY + Q))
-                    mbarrier.arrive(bars.index(EMPTY + K + m % 2), count=1)
-                    _store(dk, start, HK, hk, 64 * HALF, dK, MMA)
-                _release(bars.index(EMPTY + ROWS + s))
-                n += 1
-            m += 1
+                low, d_c = _transposed(tiles_s.index(3 * s), U, k0, k1, halves_s, scale, c_b, r_kq, i, j)
+                d_beta = gl.zeros([64], gl.float32, ROW)
+            mbarrier.wait(bars.index(EMPTY + MATRIX + HALF), (n & 1) ^ 1)
+            halves_s.index(6 + HALF).store(low)
+            fence_async_shared()
+            _release(bars.index(MATRIX + HALF))
+            y = _times(gl.convert_layout(low, OPERAND), mine)
+            mbarrier.wait(bars.index(MATRIX + 1 - HALF), n & 1)
+            y = warpgroup_mma(halves_s.index(7 - HALF), other, y, is_async=True)
+            mbarrier.wait(bars.index(STATES), n & 1)
+            xU = _times(U, tiles_s.index(STATES_AT + 2 + HALF).permute((1, 0)))
+            y = warpgroup_mma_wait(1, deps=[y])
+            dK += y
+            # <S, dS>, in pieces that the registers hold
+            inner = gl.zeros([16, 128], gl.float32, FLAT)
+            for piece in gl.static_range(4):
+                part = tiles_s.index(STATES_AT + HALF).slice(16 * piece, 16).load(FLAT).to(gl.float32)
+                inner += part * tiles_s.index(STATES_AT + 2 + HALF).slice(16 * piece, 16).load(FLAT).to(gl.float32)
+            c = c_b.slice(0, 64).load(ROW)
+            step = c_b.slice(64, 64).load(ROW)
+            r_k = r_kq.slice(0, 64).load(ROW)
+            last = gl.sum(gl.where(gl.arange(0, 64, ROW) == 63, c, 0.0), 0)
+            at_last = gl.exp2(last) * gl.sum(gl.sum(inner, 1), 0)
+            dec = gl.exp2(last - c) * step
+            gam = gl.exp2(c) * step
+            xU = warpgroup_mma_wait(0, deps=[xU])
+            rows = own.load(MMA)
+            to_last = _dot_rows(xU, rows) * (dec * r_k)
+            dK += xU * _rows(dec)
+            xZ = _times(Z, tiles_s.index(STATES_AT + HALF).permute((1, 0)))
+            at_last += gl.sum(to_last, 0)
+            xZ = warpgroup_mma_wait(0, deps=[xZ])
+            to_last += _dot_rows(xZ, rows) * (gam * r_k)
+            dK -= xZ * _rows(gam)
+            _release(bars.index(EMPTY + STATES))
+            mbarrier.arrive(bars.index(EMPTY + MATRIX + 1 - HALF), count=1)
+            d_c = d_c * r_k - to_last + gl.where(gl.arange(0, 64, ROW) == 63, at_last, 0.0)
+            at = sums + (chunk * HV + hv).to(gl.int64) * 384 + HALF * 192 + gl.arange(0, 64, ROW)
+            gl.store(at + 64, d_c)
+            gl.store(at + 128, d_beta)
+            if turn == HV // HK - 1:
+                if NORMALISE:
+                    along = _dot_rows(dK, rows)
+                    sums_s.index(HALF).store(along)
+                    _release(bars.index(SUMS + HALF))
+                    mbarrier.wait(bars.index(SUMS + 1 - HALF), m & 1)
+                    along = (along + sums_s.index(1 - HALF).load(ROW)) * r_k * r_k
+                    dK = (dK - rows.to(gl.float32) * _rows(along)) * _rows(r_k)
+                _release(bars.index(EMPTY + Q))
+                mbarrier.arrive(bars.index(EMPTY + K + m % 2), count=1)
+                _store(dk, start, HK, hk, 64 * HALF, dK, MMA)
+            _release(bars.index(EMPTY + ROWS + s))
+            n += 1
+        m += 1
+        mbarrier.wait(bars.index(K + m % 2), m // 2 & 1)
+        chunk = _told(info_s.index(m % 2), 0)
 
 
 @gluon.jit(do_not_specialize=["T", "num_chunks"])
@@ -384,6 +409,7 @@ def _whole_chunk_gradient_kernel(
     halves_s = gl.allocate_shared_memory(dtype, [8, 64, 64], q_tma.layout)
     gates_s = gl.allocate_shared_memory(gl.float32, [4, 1, 128], gates_tma.layout)
     sums_s = gl.allocate_shared_memory(gl.float32, [2, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    info_s = gl.allocate_shared_memory(gl.int32, [2, 4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     bars = gl.allocate_shared_memory(gl.int64, [18, 1], mbarrier.MBarrierLayout())
     for n in gl.static_range(18):
         mbarrier.init(bars.index(n), count=3 if n >= EMPTY and n < EMPTY + MATRIX else 1)
@@ -391,14 +417,11 @@ def _whole_chunk_gradient_kernel(
     barrier()
     tiles = num_chunks * HK
     gl.warp_specialize([
-        (_queries, (tiles, table, T, scale, dq, dv, sums, tiles_s, halves_s, gates_s, bars,
-                    HK, HV, DOCUMENTS, NORMALISE)),
-        (_keys, (tiles, table, T, scale, dk, sums, tiles_s, halves_s, gates_s, sums_s, bars,
-                 0, HK, HV, DOCUMENTS, NORMALISE)),
-        (_keys, (tiles, table, T, scale, dk, sums, tiles_s, halves_s, gates_s, sums_s, bars,
-                 1, HK, HV, DOCUMENTS, NORMALISE)),
+        (_queries, (scale, dq, dv, sums, tiles_s, halves_s, gates_s, info_s, bars, HK, HV, NORMALISE)),
+        (_keys, (scale, dk, sums, tiles_s, halves_s, gates_s, sums_s, info_s, bars, 0, HK, HV, NORMALISE)),
+        (_keys, (scale, dk, sums, tiles_s, halves_s, gates_s, sums_s, info_s, bars, 1, HK, HV, NORMALISE)),
         (_copy, (tiles, table, T, q_tma, k_tma, do_tma, u_tma, z_tma, h_tma, dh_tma, gates_tma,
-                 tiles_s, halves_s, gates_s, bars, HK, HV, DOCUMENTS)),
+                 tiles_s, halves_s, gates_s, info_s, bars, HK, HV, DOCUMENTS)),
     ], [4, 4, 1], [144, 144, 24])  # fmt: skip
 
 
