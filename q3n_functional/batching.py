@@ -1,9 +1,10 @@
 """Continuous batching: requests come and go, a running batch of fixed size writes for those that are there.
 
-The batch is one `decode.Running` whose tensors are written in place, so that requests join and leave without another
-compilation, and on CUDA a step is a graph. Prompts are read in pieces between the steps of those that write already.
-Each row draws by its own settings and seed: a request's text is what it would be alone, whoever its neighbours are, up
-to what rounding does in batches of other sizes.
+The batch is one `decode.Running`, or with drafts one `speculative.Speculating`, whose tensors are written in place, so
+that requests join and leave without another compilation, and on CUDA a step is a graph. Prompts are read in pieces
+between the steps of those that write already. Each row draws by its own settings and seed: a request's text is what it
+would be alone, whoever its neighbours are and however many drafts are right, up to what rounding does in batches of
+other sizes.
 
 An `Engine` changes, unlike everything else here: it owns a queue, the batch, and a store of common beginnings. It is
 for one thread.
@@ -13,26 +14,30 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.utils._pytree as pytree
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from q3n_functional import cache as caches
-from q3n_functional import decode, prefix
-from q3n_functional.cache import Cache
+from q3n_functional import decode, prefix, speculative
+from q3n_functional.cache import Cache, KeyValues
 from q3n_functional.config import Config
 from q3n_functional.decode import Running
 from q3n_functional.generate import CHUNK, Piece, check
 from q3n_functional.params import Parameters
 from q3n_functional.sampling import Drawn, Options
+from q3n_functional.speculative import Speculating, Verified
 from q3n_functional.tokenizer import Stream
 
 Reason = Literal["stop", "length"]
+Run = list[tuple[int, float]]
+"""Tokens that a row draws in one step, and their log-probabilities."""
 
 
 class QueueFullError(ValueError):
@@ -64,13 +69,18 @@ class Event(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Requests that wait and that run; tokens so far: of prompts, of those found in the store, and drawn."""
+    """Requests that wait and that run; tokens so far: of prompts, of those found in the store, and drawn.
+
+    drafted_tokens, accepted_tokens: the drafts that were verified, and those of them that were right.
+    """
 
     waiting: int
     running: int
     prompt_tokens: int
     reused_tokens: int
     drawn_tokens: int
+    drafted_tokens: int
+    accepted_tokens: int
 
 
 @dataclass
@@ -99,7 +109,10 @@ class Engine:
     rows: requests that run at once. capacity: tokens of prompt and text that one may have. max_queue: requests that may
     wait. chunk_length: tokens of prompts that are read between two steps. prefix_bytes: memory for caches of common
     beginnings, in blocks of `block_size` tokens; 0 for none. tokenizer: for texts and stop strings; without it events
-    have no text. compile: put the step through torch.compile first.
+    have no text. drafts: tokens that the prediction module drafts for each row in a step, which changes the speed and
+    not the text; 0 for none. compile: put the step through torch.compile first.
+
+    Raises ValueError for sizes that are too small, or drafts without a prediction module.
     """
 
     params: Parameters
@@ -111,6 +124,7 @@ class Engine:
     chunk_length: int = CHUNK
     prefix_bytes: int = 0
     block_size: int = 256
+    drafts: int = 0
     compile: bool = False
     _queue: deque[tuple[int, Request]] = field(default_factory=deque, init=False)
 
@@ -118,11 +132,14 @@ class Engine:
         for name in ("rows", "capacity", "max_queue", "chunk_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.drafts < 0:
+            raise ValueError(f"drafts must be 0 (none) or more, got {self.drafts}")
         self._batch: list[_Row | None] = [None] * self.rows
         self._ids, self._store = itertools.count(), prefix.empty(self.block_size, self.prefix_bytes)
         self._prompt_tokens = self._reused_tokens = self._drawn_tokens = 0
+        self._drafted_tokens = self._accepted_tokens = 0
         with torch.no_grad():
-            self._running = self._waiting([()] * self.rows, self._cache(self.rows, self.capacity))
+            self._state = self._waiting([()] * self.rows, self._cache(self.rows, self.capacity + self.drafts))
             self._steps = {filtered: self._step_function(filtered) for filtered in (False, True)}
 
     def submit(self, request: Request) -> int:
@@ -156,13 +173,16 @@ class Engine:
         self._admit()
         events = self._read() if any(row and row.reading for row in self._batch) else []
         if any(row and not row.reading for row in self._batch):
-            events += self._taken(self._steps[self._filtered()]())
+            events += self._write()
         return events
 
     def counts(self) -> Counts:
         """What there is to do, and what has been done."""
         running = sum(row is not None for row in self._batch)
-        return Counts(len(self._queue), running, self._prompt_tokens, self._reused_tokens, self._drawn_tokens)
+        return Counts(
+            len(self._queue), running, self._prompt_tokens, self._reused_tokens, self._drawn_tokens,
+            self._drafted_tokens, self._accepted_tokens,
+        )  # fmt: skip
 
     def _check(self, request: Request) -> None:
         check(request.prompt, request.max_new_tokens, request.options, self.config)
@@ -177,19 +197,39 @@ class Engine:
         if request.stop and (self.tokenizer is None or "" in request.stop):
             raise ValueError("stop strings need a tokenizer, and none may be empty: leave them out")
 
-    def _cache(self, batch: int, capacity: int) -> Cache:
-        like = self.params.embed_tokens
-        return caches.empty(self.config, batch, capacity, like.dtype, like.device)
+    @property
+    def _running(self) -> Running:
+        return self._state.running if isinstance(self._state, Speculating) else self._state
 
-    def _waiting(self, prompts: Sequence[Sequence[int]], cache: Cache, row: _Row | None = None) -> Running:
+    def _cache(self, batch: int, capacity: int) -> Cache:
+        """Without tokens. With drafts the module's keys and values are the last layer: the store keeps them too."""
+        like = self.params.embed_tokens
+        cache = caches.empty(self.config, batch, capacity, like.dtype, like.device)
+        if not self.drafts:
+            return cache
+        return _with_module(cache, caches.key_values(self.config, batch, capacity, like.dtype, like.device))
+
+    def _waiting(
+        self, prompts: Sequence[Sequence[int]], cache: Cache, row: _Row | None = None
+    ) -> Running | Speculating:
         requests = [Request(prompt=(), max_new_tokens=0)] * len(prompts) if row is None else [row.request]
         options, stops = [r.options for r in requests], [r.stop_tokens for r in requests]
         limits = [0 if row is None else row.limit] * len(prompts)
-        return decode.waiting(cache, prompts, options, stops, limits, config=self.config)
+        layers = cache.layers[: len(self.config.layer_types)]
+        running = decode.waiting(Cache(layers, cache.lengths_B), prompts, options, stops, limits, config=self.config)
+        if not self.drafts:
+            return running
+        module = cache.layers[-1]
+        assert isinstance(module, KeyValues)
+        state = speculative.waiting(self.params, running, self.drafts, 0, config=self.config)
+        return state._replace(module=module)
 
-    def _step_function(self, filtered: bool) -> Callable[[], Drawn]:
-        step = partial(decode.step, config=self.config, filtered=filtered)
-        return decode.repeated(step, self.params, self._running, compile=self.compile)
+    def _step_function(self, filtered: bool) -> Callable[[], Drawn | Verified]:
+        step: Callable[..., tuple[Any, Drawn | Verified]] = decode.step
+        if self.drafts:
+            step = partial(speculative.step, block_size=self.block_size if self.prefix_bytes else 0)
+        step = partial(step, config=self.config, filtered=filtered)
+        return decode.repeated(step, self.params, self._state, compile=self.compile)
 
     def _filtered(self) -> bool:
         return any(row is not None and row.request.options.filtered for row in self._batch)
@@ -202,72 +242,112 @@ class Engine:
     def _enter(self, number: int, id: int, request: Request) -> None:
         text = None if self.tokenizer is None else Stream(self.tokenizer, request.stop)
         row = _Row(id, request, text, list(request.prompt))
-        # The last token of a prompt has to be read in any case: what is drawn behind it is in no cache.
-        self._store, cache = prefix.find(self._store, row.tokens[:-1])
+        self._store, cache = prefix.find(self._store, self._keys(row.tokens))
         cache = self._cache(1, 0) if cache is None else cache
         row.read = int(cache.lengths_B)
-        decode.place_(self._running, number, self._waiting([request.prompt], cache, row))
+        decode.place_(self._state, number, self._waiting([request.prompt], cache, row))
         self._batch[number] = row
         self._prompt_tokens += len(request.prompt)
         self._reused_tokens += row.read
+
+    def _keys(self, tokens: Sequence[int]) -> Sequence[int]:
+        """What the store knows all tokens but the last by, which has to be read to draw what is behind it.
+
+        The prediction module's keys and values at a token depend on the one behind it as well.
+        """
+        if not self.drafts:
+            return tokens[:-1]
+        return [token * self.config.vocab_size + behind for token, behind in itertools.pairwise(tokens)]
 
     def _leave(self, number: int) -> None:
         self._batch[number] = None
         self._running.finished_B[number] = True
 
     def _read(self) -> list[Event]:
-        piece, parts = self._piece()
-        join = decode.in_place(partial(decode.join, config=self.config, filtered=self._filtered()))
-        drawn = join(self.params, self._running, *piece)
-        for row, part in zip(self._batch, parts, strict=True):
-            if row is not None:
-                row.read += len(part)
-        for number, part in enumerate(parts):
-            if part:
-                self._keep(number)
-        return self._taken(drawn, taken_in=0)
+        piece, next_1T = self._piece()
+        static: dict[str, Any] = {"config": self.config, "filtered": self._filtered()}
+        if self.drafts:
+            tokens_1T, *rest = piece
+            join = decode.in_place(partial(speculative.join, **static))
+            drawn = join(self.params, self._state, tokens_1T, next_1T, *rest)
+        else:
+            drawn = decode.in_place(partial(decode.join, **static))(self.params, self._state, *piece)
+        for number, (row, size) in enumerate(zip(self._batch, piece.cu_seqlens.diff().tolist(), strict=True)):
+            if row is not None and size:
+                row.read += size
+                if row.read < len(row.tokens):
+                    self._keep(number, row)
+        return self._taken(_runs(drawn))
 
-    def _piece(self) -> tuple[Piece, list[list[int]]]:
-        """The next tokens of the prompts that are being read, the earliest request's first; none crosses a block."""
+    def _piece(self) -> tuple[Piece, Tensor]:
+        """The next tokens of the prompts that are being read, the earliest request's first; none crosses a block.
+
+        Beside it the tokens one place later, 0 behind a prompt.
+        """
         parts: list[list[int]] = [[] for _ in self._batch]
+        later, complete = list(parts), [False] * self.rows
         left = self.chunk_length
         waiting = [(row.id, number, row) for number, row in enumerate(self._batch) if row is not None and row.reading]
         for _, number, row in sorted(waiting, key=lambda entry: entry[0]):
             size = min(left, self.block_size - row.read % self.block_size) if self.prefix_bytes else left
-            parts[number] = row.tokens[row.read : row.read + size]
+            end = min(row.read + size, len(row.tokens))
+            parts[number] = row.tokens[row.read : end]
+            later[number] = [*row.tokens[row.read + 1 : end + 1], 0][: len(parts[number])]
+            complete[number] = bool(parts[number]) and end == len(row.tokens)
             left -= len(parts[number])
-        complete = [
-            bool(part) and row is not None and row.read + len(part) == len(row.tokens)
-            for part, row in zip(parts, self._batch, strict=True)
-        ]
-        device = self._running.token_B.device
         cu_seqlens = torch.tensor([0, *itertools.accumulate(map(len, parts))], dtype=torch.int32)
-        tokens_1T = torch.tensor([[token for part in parts for token in part]])
-        return Piece(*(x.to(device) for x in (tokens_1T, cu_seqlens, torch.tensor(complete)))), parts
+        tokens_1T, next_1T = (torch.tensor([list(itertools.chain(*each))]) for each in (parts, later))
+        device = self._running.token_B.device
+        return Piece(*(x.to(device) for x in (tokens_1T, cu_seqlens, torch.tensor(complete)))), next_1T.to(device)
 
-    def _keep(self, number: int) -> None:
+    def _write(self) -> list[Event]:
+        runs = _runs(self._steps[self._filtered()]())
+        self._drafted_tokens += self.drafts * len(runs)
+        self._accepted_tokens += sum(len(run) - 1 for run in runs.values())
+        return self._taken(runs)
+
+    def _keep(self, number: int, row: _Row) -> None:
         """Put the row's cache into the store where a block ends."""
-        row = self._batch[number]
-        if row is not None and self.prefix_bytes and row.read % self.block_size == 0:
-            one = pytree.tree_map(lambda leaf: leaf[number : number + 1], self._running.cache)
-            self._store = prefix.put(self._store, row.tokens[: row.read], one)
+        if self.prefix_bytes and row.read % self.block_size == 0:
+            one = pytree.tree_map(lambda leaf: leaf[number : number + 1], _cache_of(self._state))
+            self._store = prefix.put(self._store, self._keys(row.tokens)[: row.read], one)
 
-    def _taken(self, drawn: Drawn, taken_in: int = 1) -> list[Event]:
-        """The events of what was drawn; the rows that drew have taken so many more tokens into the cache."""
-        events = []
-        for number, (token, logprob) in enumerate(zip(drawn.token_B.tolist(), drawn.logprob_B.tolist(), strict=True)):
-            row = self._batch[number]
-            if token < 0 or row is None:
-                continue
-            row.read += taken_in
-            if taken_in:
-                self._keep(number)
+    def _taken(self, runs: Mapping[int, Run]) -> list[Event]:
+        """The events of what the rows have drawn."""
+        return [event for number, run in runs.items() for event in self._added(number, run)]
+
+    def _added(self, number: int, run: Run) -> list[Event]:
+        """A row goes on by what it has drawn, up to a stop string."""
+        row, events = self._batch[number], list[Event]()
+        assert row is not None, "rows that nobody has do not draw"
+        for token, logprob in run:
             row.tokens.append(token)
-            self._drawn_tokens += 1
             events.append(_event(row, token, logprob))
             if events[-1].finish_reason:
-                self._leave(number)
+                break
+        self._drawn_tokens += len(events)
+        row.read = len(row.tokens) - 1
+        if len(events) == len(run):  # else the cache has gone on behind the end of the text
+            self._keep(number, row)
+        if events[-1].finish_reason:
+            self._leave(number)
         return events
+
+
+def _with_module(cache: Cache, module: KeyValues) -> Cache:
+    return Cache((*cache.layers, module), cache.lengths_B)
+
+
+def _cache_of(state: Running | Speculating) -> Cache:
+    """What rows leave behind, with drafts the prediction module's keys and values as the last layer."""
+    return state.cache if isinstance(state, Running) else _with_module(state.running.cache, state.module)
+
+
+def _runs(drawn: Drawn | Verified) -> dict[int, Run]:
+    """What each row has drawn, by its number, of those that have; -1 is no token."""
+    rows = zip(*(x.view(len(x), -1).tolist() for x in drawn), strict=True)
+    runs = [[pair for pair in zip(*row, strict=True) if pair[0] >= 0] for row in rows]
+    return {number: run for number, run in enumerate(runs) if run}
 
 
 def _event(row: _Row, token: int, logprob: float) -> Event:

@@ -103,6 +103,11 @@ def load(
     return Checkpoint(_tree(config, leaves), config, dtypes, Extras(tensors, _carried_files(folder)))
 
 
+def read_config(folder: Path) -> Config:
+    """The configuration that `load` would give, of a folder whose headers alone are read; raises as `load` does."""
+    return _read_config(folder, stored_tensors(folder))
+
+
 def save(
     folder: Path | str,
     params: Parameters,

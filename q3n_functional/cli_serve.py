@@ -75,6 +75,7 @@ def serve(
     max_queue: int = 256,
     prefix_mib: int = 256,
     chunk_length: int = 4096,
+    drafts: int = 0,
     compile: bool = False,
     dtype: DType = "keep",
     device: str = "auto",
@@ -93,13 +94,14 @@ def serve(
         max_queue: texts that may wait; more are refused with status 429.
         prefix_mib: memory for common beginnings, in MiB, which are then read once; 0 for none.
         chunk_length: tokens of prompts that are read at once, which bounds the memory.
+        drafts: tokens that the prediction module drafts a step for each text, which stays the same.
         compile: compile the step first, which pays on cuda.
         dtype: of the weights; those that are always float32 stay so.
         device: "auto" is cuda where there is one, else cpu.
     """
     from q3n_functional import chat as chats
     from q3n_functional.batching import Engine
-    from q3n_functional.config import Config
+    from q3n_functional.checkpoint import read_config
     from q3n_functional.train_state import model_folder
 
     try:
@@ -108,12 +110,17 @@ def serve(
         raise ValueError(f"q3n serve: {error}: pip install 'q3n-functional[serve]'") from error
     if capacity < 1:
         raise ValueError(f"capacity must be 1 or more, got {capacity}")
+    if drafts < 0:
+        raise ValueError(f"drafts must be 0 (none) or more, got {drafts}")
     found = model_folder(folder)
-    length = chats.room(Config.from_json(found / "config.json"), max_length)
+    config = read_config(found)
+    if drafts and not config.num_nextn_predict_layers:
+        raise ValueError(f"the model in {found} has no prediction module (mtp) to draft with: leave out --drafts")
+    length = chats.room(config, max_length)
     speaker = chats.load(found, _dtype(dtype), device)
     engine = Engine(
         speaker.model.params, speaker.model.config, rows=capacity, capacity=length, tokenizer=speaker.words,
-        max_queue=max_queue, chunk_length=chunk_length, prefix_bytes=prefix_mib << 20, compile=compile,
+        max_queue=max_queue, chunk_length=chunk_length, prefix_bytes=prefix_mib << 20, drafts=drafts, compile=compile,
     )  # fmt: skip
     run(engine, speaker, name or folder.resolve().name, host, port)
 

@@ -166,9 +166,9 @@ def in_place(function: Callable[..., tuple[State, Out]], *, compile: bool = Fals
     return torch.compile(run, fullgraph=True) if compile else run
 
 
-def place_(running: Running, row: int, one: Running) -> None:
+def place_(state: State, row: int, one: State) -> None:
     """Let the sequence of `one` [1], whose cache may have less room, take the place of a row, in its tensors."""
-    for leaf, new in zip(pytree.tree_leaves(running), pytree.tree_leaves(one), strict=True):
+    for leaf, new in zip(pytree.tree_leaves(state), pytree.tree_leaves(one), strict=True):
         place = leaf[row : row + 1]
         (place[:, : new.shape[1]] if new.ndim > 1 else place).copy_(new)
 

@@ -27,6 +27,10 @@ class _EngineCollector(Collector):
         yield CounterMetricFamily("q3n_prompt_tokens", "Tokens of prompts.", counts.prompt_tokens)
         yield CounterMetricFamily("q3n_prefix_hit_tokens", "Tokens of prompts in the store.", counts.reused_tokens)
         yield CounterMetricFamily("q3n_drawn_tokens", "Tokens drawn.", counts.drawn_tokens)
+        yield CounterMetricFamily("q3n_drafted_tokens", "Drafts verified.", counts.drafted_tokens)
+        yield CounterMetricFamily("q3n_accepted_tokens", "Drafts that were right.", counts.accepted_tokens)
+        rate = counts.accepted_tokens / max(counts.drafted_tokens, 1)
+        yield GaugeMetricFamily("q3n_draft_acceptance_rate", "Share of all drafts that were right.", rate)
         yield CounterMetricFamily("q3n_engine_steps", "Steps of the engine.", self._thread.steps)
 
 

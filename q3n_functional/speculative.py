@@ -147,16 +147,21 @@ def draft(
 
 
 def step(
-    params: Parameters, state: Speculating, *, config: Config, filtered: bool = True
+    params: Parameters, state: Speculating, *, config: Config, filtered: bool = True, block_size: int = 0
 ) -> tuple[Speculating, Verified]:
-    """Every row that is not finished adds its last token, the drafts that are right, and one more: 1 to T tokens."""
+    """Every row that is not finished adds its last token, the drafts that are right, and one more: 1 to T tokens.
+
+    With `block_size`, a step ends where the cache has taken in a whole number of such blocks, so that no end of a block
+    is passed over whose cache somebody wants to keep.
+    """
     running, num = state.running, state.drafts_BN.shape[1]
     tokens_BT = torch.cat([running.token_B[:, None], state.drafts_BN], 1)
     h_BTD, _, tentative = hidden_states(params, tokens_BT, None, running.cache, config=config, tentative=True)
     assert tentative is not None
     drawn = _draws(running, linear(h_BTD, head(params)), filtered)
     ended_BT = _ended(running, drawn.token_BT)
-    counts_B = _counts(running, state.drafts_BN, drawn.token_BT, ended_BT)
+    last_BT = ended_BT | _block_ends(running, ended_BT, block_size)
+    counts_B = _counts(running, state.drafts_BN, drawn.token_BT, last_BT)
     cache = accept(params, tentative, counts_B, config=config)
     stays_BT = torch.arange(num + 1, device=counts_B.device) < counts_B[:, None]
     after = _advanced(running, cache, drawn.token_BT, ended_BT, stays_BT, counts_B)
@@ -187,9 +192,17 @@ def _ended(running: Running, token_BT: Tensor) -> Tensor:
     return running.ends_BV.gather(1, token_BT) | full_BT
 
 
-def _counts(running: Running, drafts_BN: Tensor, token_BT: Tensor, ended_BT: Tensor) -> Tensor:
-    """int32 [B]: how many of the drawn tokens stand; as many tokens then enter the cache."""
-    goes_on_BN = (drafts_BN == token_BT[:, :-1]) & ~ended_BT[:, :-1]
+def _block_ends(running: Running, like_BT: Tensor, block_size: int) -> Tensor:
+    """bool [B, T]: whether the cache ends with a block once it has taken in so many tokens."""
+    if not block_size:
+        return torch.zeros_like(like_BT)
+    taken_T = torch.arange(1, like_BT.shape[1] + 1, device=like_BT.device)
+    return (running.cache.lengths_B[:, None] + taken_T) % block_size == 0
+
+
+def _counts(running: Running, drafts_BN: Tensor, token_BT: Tensor, last_BT: Tensor) -> Tensor:
+    """int32 [B]: how many of the drawn tokens stand, up to one of `last_BT`; as many tokens then enter the cache."""
+    goes_on_BN = (drafts_BN == token_BT[:, :-1]) & ~last_BT[:, :-1]
     counts_B = 1 + goes_on_BN.int().cumprod(1).sum(1)
     return counts_B.masked_fill(running.finished_B, 0).int()
 

@@ -84,13 +84,12 @@ def drained(made, found=None):
     raise AssertionError("the engine does not come to an end")
 
 
-@pytest.mark.parametrize("prefix_bytes", [0, 10**6, 10**9])
-def test_random_joins_leaves_and_cancels(prefix_bytes):
-    generator = random.Random(prefix_bytes)
-    made, requests, found, gone = engine(prefix_bytes=prefix_bytes, max_queue=5), {}, {}, set()
+def visited(made, generator, make=random_request):
+    """Requests come at random, and some are cancelled; those that are not write what they would write alone."""
+    requests, found, gone = {}, {}, set()
     for _ in range(120):
         if generator.random() < 0.4:
-            request = random_request(generator)
+            request = make(generator)
             try:
                 requests[made.submit(request)] = request
             except QueueFullError:
@@ -110,13 +109,20 @@ def test_random_joins_leaves_and_cancels(prefix_bytes):
     for number, request in requests.items():
         if number not in gone:
             check(request, found[number])
-    counts = made.counts()
-    assert counts.drawn_tokens == sum(map(len, found.values()))
-    assert (counts.reused_tokens > 0) == (prefix_bytes > 0)
+    assert made.counts().drawn_tokens == sum(map(len, found.values()))
 
 
-def test_a_common_beginning_is_read_once():
-    made = engine(prefix_bytes=10**9, chunk_length=100)
+@pytest.mark.parametrize("prefix_bytes", [0, 10**6, 10**9])
+def test_random_joins_leaves_and_cancels(prefix_bytes):
+    made = engine(prefix_bytes=prefix_bytes, max_queue=5)
+    visited(made, random.Random(prefix_bytes))
+    assert (made.counts().reused_tokens > 0) == (prefix_bytes > 0)
+    assert made.counts()[-2:] == (0, 0)
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_a_common_beginning_is_read_once(drafts):
+    made = engine(prefix_bytes=10**9, chunk_length=100, drafts=drafts)
     requests = [Request(prompt=[*SYSTEM, n], max_new_tokens=3, options=Options(seed=n)) for n in range(4)]
     for number, request in enumerate(requests):
         made.submit(request)
@@ -207,23 +213,25 @@ def test_without_a_tokenizer_there_are_tokens():
         made.submit(Request(prompt=[1], max_new_tokens=1, stop=("a",)))
 
 
-def test_no_tensor_is_made_anew():
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_no_tensor_is_made_anew(drafts):
     """What a CUDA graph reads and writes stays where it is."""
-    made = engine(prefix_bytes=10**6)
-    leaves = torch.utils._pytree.tree_leaves(made._running)
+    made = engine(prefix_bytes=10**6, drafts=drafts)
+    leaves = torch.utils._pytree.tree_leaves(made._state)
     places = [x.data_ptr() for x in leaves]
     for seed in range(4):
         made.submit(Request(prompt=[seed] * 9, max_new_tokens=7))
     drained(made)
-    assert [x.data_ptr() for x in torch.utils._pytree.tree_leaves(made._running)] == places
+    assert [x.data_ptr() for x in torch.utils._pytree.tree_leaves(made._state)] == places
 
 
-def test_one_graph_serves_all_requests(monkeypatch):
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_one_graph_serves_all_requests(monkeypatch, drafts):
     torch._dynamo.reset()
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, backend="aot_eager", **options))
     with torch._dynamo.config.patch(error_on_recompile=True):
-        made = engine(compile=True)
+        made = engine(compile=True, drafts=drafts)
         requests = {}
         for n in range(5):
             request = Request(prompt=[n] * (n + 1), max_new_tokens=4 + n, options=Options(seed=n))

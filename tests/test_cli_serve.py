@@ -40,6 +40,7 @@ def test_help_of_serve(capsys):
 --max-queue INT texts that may wait; more are refused with status 429. (default: 256)
 --prefix-mib INT memory for common beginnings, in MiB, which are then read once; 0 for none. (default: 256)
 --chunk-length INT tokens of prompts that are read at once, which bounds the memory. (default: 4096)
+--drafts INT tokens that the prediction module drafts a step for each text, which stays the same. (default: 0)
 --compile,
 --no-compile compile the step first, which pays on cuda. (default: False)
 --dtype {keep,float32,bfloat16,float16} of the weights; those that are always float32 stay so. (default: keep)

@@ -1,7 +1,9 @@
 """The server, asked by the openai package: what it writes is what the same request writes offline."""
 
+import dataclasses
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from q3n_functional import chat, checkpoint, cli, tokenizer
+from q3n_functional import chat, checkpoint, cli, serve, tokenizer
 from q3n_functional.sampling import Options
 from tests.servers import CONFIG, END, TEMPLATE, TREE, WORDS, alone, engine, metrics, served
 
@@ -157,6 +159,19 @@ def test_metrics_count(tiny):
     assert more['q3n_http_requests_total{outcome="refused"}'] == 1
 
 
+def test_drafts_change_no_text_and_are_counted():
+    options = Options(seed=2, logit_bias={int(token): bias for token, bias in LETTERS.items()})
+    asked = {"prompt": "Hear me", "max_tokens": 60, "seed": 2, "logit_bias": LETTERS, "stop": ["bbb"]}
+    with served(engine(drafts=2)) as (_, _, address):
+        reply = httpx.post(address + COMPLETIONS, json=asked).raise_for_status().json()
+        counts = metrics(address)
+    assert reply["choices"][0]["text"] == alone("Hear me", 60, options, ["bbb"])
+    drafted, accepted = counts["q3n_drafted_tokens_total"], counts["q3n_accepted_tokens_total"]
+    assert 0 < accepted < drafted
+    assert counts["q3n_draft_acceptance_rate"] == accepted / drafted
+    assert counts["q3n_engine_steps_total"] < counts["q3n_drawn_tokens_total"]
+
+
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 REFUSED = [
     (COMPLETIONS, {"prompt": "a", "max_tokens": 128}, 400, "1 prompt tokens and max_new_tokens 128 make 129, above the "
@@ -253,6 +268,7 @@ def test_the_command_serves_until_it_is_told_to_end(folder):
         (("--capacity", "0"), "capacity must be 1 or more, got 0"),
         (("--max-length", "2000"), "max_length must be 1 to 1024, the model's positions, or 0 to choose; got 2000"),
         (("--max-queue", "0"), "max_queue must be 1 or more, got 0"),
+        (("--drafts", "-1"), "drafts must be 0 (none) or more, got -1"),
         (("--prefix-mib", "-1"), "max_bytes must be 0 (nothing is kept) or more, got -1048576"),
     ],
 )
@@ -260,6 +276,29 @@ def test_options_out_of_range_are_refused(folder, capsys, option, told):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["serve", str(folder), *option])
     assert capsys.readouterr().err == f"q3n: {told}\n"
+
+
+def test_drafts_need_a_prediction_module(tmp_path, monkeypatch, capsys):
+    """Which is known from the headers, before the weights are read."""
+    checkpoint.save(tmp_path, TREE._replace(mtp=()), dataclasses.replace(CONFIG, num_nextn_predict_layers=0))
+    monkeypatch.setattr(chat, "load", lambda *_: pytest.fail("the weights are read"))
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["serve", str(tmp_path), "--drafts", "2"])
+    assert capsys.readouterr().err == (
+        f"q3n: the model in {tmp_path} has no prediction module (mtp) to draft with: leave out --drafts\n"
+    )
+
+
+def test_config_json_need_not_name_the_prediction_module(folder, tmp_path, monkeypatch):
+    """That of the published model does not."""
+    made = shutil.copytree(folder, tmp_path / "published")
+    said = json.loads((made / "config.json").read_text())
+    del said["num_nextn_predict_layers"]
+    (made / "config.json").write_text(json.dumps(said))
+    given = []
+    monkeypatch.setattr(serve, "run", lambda engine, *_: given.append(engine))
+    cli.main(["serve", str(made), "--drafts", "2", "--prefix-mib", "1"])
+    assert (given[0].drafts, given[0].prefix_bytes) == (2, 1 << 20)
 
 
 def test_without_the_extra_the_command_says_what_to_install(folder, monkeypatch, capsys):
