@@ -13,6 +13,7 @@ from torch.nn.functional import linear, silu
 
 from q3n_functional import params
 from q3n_functional.config import Config
+from q3n_functional.float8 import Float8, projection
 from q3n_functional.ops import router_logits
 from q3n_functional.parallel.expert import routed
 from q3n_functional.parallel.placement import Parallel
@@ -26,9 +27,10 @@ class RouterStatistics(NamedTuple):
     tokens: Tensor
 
 
-def swiglu(p: params.SwiGLU, x_BTD: Tensor) -> Tensor:
+def swiglu(p: params.SwiGLU, x_BTD: Tensor, float8: Float8 = "none") -> Tensor:
     """`down(silu(gate x) * up x)` (Shazeer 2020)."""
-    return linear(silu(linear(x_BTD, p.gate)) * linear(x_BTD, p.up), p.down)
+    gate, up = projection(x_BTD, p.gate, float8), projection(x_BTD, p.up, float8)
+    return projection(silu(gate) * up, p.down, float8)
 
 
 def mixture_of_experts(
@@ -38,11 +40,13 @@ def mixture_of_experts(
     parallel: Parallel | None = None,
     *,
     config: Config,
+    float8: Float8 = "none",
 ) -> tuple[Tensor, RouterStatistics]:
     """Top-J routed experts, none of whose tokens are dropped, beside a shared expert with a scalar sigmoid gate.
 
     The router works in fp32. `valid_BT` says which tokens its statistics count. With `parallel`, the result is what the
-    rank's columns of the experts add, and the statistics are those of the rank's tokens.
+    rank's columns of the experts add, and the statistics are those of the rank's tokens. `float8` is for the shared
+    expert alone.
     """
     x_TD = x_BTD.flatten(0, 1)
     probabilities_TE = router_logits(x_TD, p.router).softmax(-1)
@@ -50,7 +54,7 @@ def mixture_of_experts(
     if config.norm_topk_prob:
         weights_TJ = weights_TJ / weights_TJ.sum(-1, keepdim=True)
     routed_TD = routed(p.experts, x_TD, experts_TJ, weights_TJ, parallel)
-    shared_TD = torch.sigmoid(linear(x_TD, p.shared_expert_gate)) * swiglu(p.shared_expert, x_TD)
+    shared_TD = torch.sigmoid(linear(x_TD, p.shared_expert_gate)) * swiglu(p.shared_expert, x_TD, float8)
     statistics = _router_statistics(probabilities_TE, experts_TJ, valid_BT)
     return (routed_TD + shared_TD).view(x_BTD.shape), statistics
 

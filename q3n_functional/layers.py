@@ -18,6 +18,7 @@ from q3n_functional import packing, params, rotary
 from q3n_functional.cache import KeyValues, LinearState, State, Tentative
 from q3n_functional.config import Config
 from q3n_functional.feed_forward import RouterStatistics, mixture_of_experts, swiglu
+from q3n_functional.float8 import Float8, projection
 from q3n_functional.ops import attention, causal_conv, gated_delta_rule, recurrent_gated_delta_rule, rms_norm_gated
 from q3n_functional.ops.registration import wide
 from q3n_functional.packing import Documents
@@ -32,6 +33,7 @@ class Context(NamedTuple):
     router's statistics count, None for all. lengths_N: int32, the tokens in the cache's rows, and slots: where it takes
     each token's keys and values, None without a cache. tentative: whether linear layers return a `Tentative` state.
     parallel: the rank's place on a mesh, and crossing: how documents reach over the ends of its piece of the rows.
+    float8: which products are in float8.
     """
 
     documents: Documents | None
@@ -43,6 +45,7 @@ class Context(NamedTuple):
     tentative: bool = False
     parallel: Parallel | None = None
     crossing: Crossing | None = None
+    float8: Float8 = "none"
 
 
 class Slots(NamedTuple):
@@ -103,6 +106,7 @@ def on_ranks(shared: Context, tokens_BT: Tensor, parallel: Parallel | None, *, c
         None if shared.valid_BT is None else piece(shared.valid_BT, parallel),
         parallel=parallel,
         crossing=across,
+        float8=shared.float8,
     )
 
 
@@ -144,10 +148,12 @@ def gated_delta_net(
     `state` is what the sequences left behind before these tokens, zeros where None. Returns [B, T, D] and the state
     behind the last token of every sequence.
     """
-    qkv_BTC, a_BTH, b_BTH = linear(x_BTD, torch.cat([p.q, p.k, p.v])), linear(x_BTD, p.a), linear(x_BTD, p.b)
+    qkv_BTC = projection(x_BTD, torch.cat([p.q, p.k, p.v]), context.float8)
+    a_BTH, b_BTH = linear(x_BTD, p.a), linear(x_BTD, p.b)
     o_BTHV, new = _delta_rule(p, qkv_BTC, a_BTH, b_BTH, context, state, config, recurrent=context.tentative)
-    z_BTHV = _heads(linear(x_BTD, p.z), config.linear_value_head_dim)
-    y_BTD = linear(rms_norm_gated(o_BTHV, z_BTHV, p.norm, config.rms_norm_eps).flatten(2), p.out)
+    z_BTHV = _heads(projection(x_BTD, p.z, context.float8), config.linear_value_head_dim)
+    gated_BTC = rms_norm_gated(o_BTHV, z_BTHV, p.norm, config.rms_norm_eps).flatten(2)
+    y_BTD = projection(gated_BTC, p.out, context.float8)
     return y_BTD, Tentative(state, qkv_BTC, a_BTH, b_BTH) if context.tentative and state is not None else new
 
 
@@ -223,7 +229,8 @@ def gated_attention(
     `state` holds the keys and values of earlier tokens; the result's holds these tokens' too.
     """
     k_GD, v_GD = (own_groups(w, config.num_key_value_heads, context.parallel) for w in (p.k, p.v))
-    q_BTHK, gate_BTHK, k_BTGK, v_BTGK = (_heads(linear(x_BTD, w), config.head_dim) for w in (p.q, p.gate, k_GD, v_GD))
+    projected = [projection(x_BTD, w, context.float8) for w in (p.q, p.gate, k_GD, v_GD)]
+    q_BTHK, gate_BTHK, k_BTGK, v_BTGK = (_heads(x, config.head_dim) for x in projected)
     q_BTHK = _rotated(q_BTHK, p.q_norm, context, config)
     k_BTGK = _rotated(k_BTGK, p.k_norm, context, config)
     if state is not None and context.slots is not None:
@@ -235,7 +242,7 @@ def gated_attention(
     else:
         o_BTHK = attention(q_BTHK, k_BTGK, v_BTGK, cu_seqlens, None if state is None else context.lengths_N)
     y_BTQ = (o_BTHK * torch.sigmoid(gate_BTHK)).flatten(2)
-    return linear(y_BTQ, p.out), KeyValues(k_BTGK, v_BTGK)
+    return projection(y_BTQ, p.out, context.float8), KeyValues(k_BTGK, v_BTGK)
 
 
 def _rotated(x_BTHK: Tensor, weight_K: Tensor, context: Context, config: Config) -> Tensor:
@@ -264,8 +271,10 @@ def decoder_layer(
     x_BTD = x_BTD + leave_block(mixed_BTD, parallel)
     normed = enter_block(rms_norm(x_BTD, p.post_attention_layernorm, config.rms_norm_eps), parallel)
     if isinstance(p.mlp, params.SwiGLU):
-        return x_BTD + leave_block(swiglu(p.mlp, normed), parallel), new_state, None
-    y_BTD, statistics = mixture_of_experts(p.mlp, normed, context.valid_BT, parallel, config=config)
+        return x_BTD + leave_block(swiglu(p.mlp, normed, context.float8), parallel), new_state, None
+    y_BTD, statistics = mixture_of_experts(
+        p.mlp, normed, context.valid_BT, parallel, config=config, float8=context.float8
+    )
     return x_BTD + leave_block(y_BTD, parallel), new_state, statistics
 
 

@@ -16,6 +16,7 @@ from q3n_functional import layers
 from q3n_functional.cache import Cache, State, Tentative
 from q3n_functional.config import Config
 from q3n_functional.feed_forward import RouterStatistics
+from q3n_functional.float8 import Float8
 from q3n_functional.layers import Context, context, decoder_layer, on_ranks, rms_norm
 from q3n_functional.packing import IGNORE, Documents, same_document, shift
 from q3n_functional.parallel.context import piece
@@ -78,15 +79,17 @@ def hidden_states(
     tokens_BT: Tensor,
     documents: Documents | None = None,
     cache: Cache | None = None,
+    parallel: Parallel | None = None,
     *,
     config: Config,
     tentative: bool = False,
 ) -> tuple[Tensor, RouterStatistics, Cache | None]:
     """The normalised output of the last layer [B, T, D], the routers' statistics, and the cache behind the tokens.
 
-    With `tentative` the cache is one that `accept` cuts to the tokens that stay.
+    With `tentative` the cache is one that `accept` cuts to the tokens that stay. With `parallel`, that of
+    `q3n_functional.parallel.decode`, `params` and `cache` are the rank's parts and the tokens are those of all ranks.
     """
-    shared = _context(tokens_BT, documents, cache, config, tentative)
+    shared = on_ranks(_context(tokens_BT, documents, cache, config, tentative), tokens_BT, parallel, config=config)
     h_BTD, statistics, states = _through_layers(params, tokens_BT, shared, cache, config)
     new_cache = None if cache is None else _continued(cache, states, tokens_BT, documents, tentative)
     return h_BTD, _pooled(statistics, h_BTD, config), new_cache
@@ -95,7 +98,7 @@ def hidden_states(
 def _through_layers(
     params: Parameters, tokens_BT: Tensor, shared: Context, cache: Cache | None, config: Config
 ) -> tuple[Tensor, list[RouterStatistics], list[State]]:
-    x_BTD, statistics, states = embed(tokens_BT, params.embed_tokens, None), [], []
+    x_BTD, statistics, states = embed(tokens_BT, params.embed_tokens, shared.parallel), [], []
     for i, p in enumerate(params.layers):
         x_BTD, state, new = decoder_layer(p, x_BTD, shared, None if cache is None else cache.layers[i], config=config)
         states.append(state)
@@ -148,6 +151,7 @@ def multi_token_prediction(
     *,
     config: Config,
     recompute: Recompute = "none",
+    float8: Float8 = "none",
 ) -> tuple[Tensor, RouterStatistics | None]:
     """Hidden states [B, T, D] from which the shared head predicts the token after the next.
 
@@ -156,7 +160,8 @@ def multi_token_prediction(
     `parallel`, `p` are the rank's shards, and `embed_tokens` is gathered.
     """
     layouts = None if parallel is None else cast(MultiTokenPrediction, parallel.layouts.mtp)
-    shared = context(tokens_BT, documents, None, config)._replace(valid_BT=_has_next(tokens_BT, documents))
+    shared = context(tokens_BT, documents, None, config)
+    shared = shared._replace(valid_BT=_has_next(tokens_BT, documents), float8=float8)
     shared = on_ranks(shared, tokens_BT, parallel, config=config)
     next_BT = piece(shift(tokens_BT, documents, 1, 0), parallel)
     p = _around_layer(p, layouts, parallel)
@@ -246,6 +251,7 @@ def finish(
     config: Config,
     z_loss_coef: float,
     recompute: Recompute,
+    float8: Float8 = "none",
 ) -> tuple[Tensor, Metrics]:
     """The loss from what the last layer gives: final norm, head, prediction module. Of `params` no layer is read."""
     h_BTD = rms_norm(x_BTD, _outer(params, "norm", parallel), config.rms_norm_eps)
@@ -258,8 +264,9 @@ def finish(
     if isinstance(params.mtp, MultiTokenPrediction):
         table_VD = _outer(params, "embed_tokens", parallel)
         h2_BTD, new = multi_token_prediction(
-            params.mtp, table_VD, h_BTD, tokens_BT, documents, parallel, config=config, recompute=recompute
-        )
+            params.mtp, table_VD, h_BTD, tokens_BT, documents, parallel,
+            config=config, recompute=recompute, float8=float8,
+        )  # fmt: skip
         statistics = [*statistics, *([] if new is None else [new])]
         second = cross_entropy(h2_BTD, head_VD, second_BT, 0.0, parallel)
         total, mtp = total + config.mtp_loss_scaling_factor * second.total / totals[1], second.cross_entropy / totals[1]
@@ -293,6 +300,7 @@ def loss(
     config: Config,
     z_loss_coef: float = 0.0,
     recompute: Recompute = "none",
+    float8: Float8 = "none",
     stages: Stages = Stages(),  # noqa: B008  # immutable
 ) -> tuple[Tensor, Metrics]:
     """The training loss, an fp32 scalar, and its parts.
@@ -306,8 +314,10 @@ def loss(
     parallel: with it, `params` are the rank's shards and the batch is the rank's rows, whole. The results are those of
     all ranks' rows together, the gradients those of the shards.
     recompute: what each layer computes again in backward rather than keeps; see `q3n_functional.recompute`.
+    float8: the layers' products that are in float8; see `q3n_functional.float8`.
     """
-    shared = on_ranks(context(tokens_BT, documents, None, config), tokens_BT, parallel, config=config)
+    shared = context(tokens_BT, documents, None, config)._replace(float8=float8)
+    shared = on_ranks(shared, tokens_BT, parallel, config=config)
     x_BTD = embed(piece(tokens_BT, parallel), _outer(params, "embed_tokens", parallel), parallel)
     statistics = []
     for i, p in enumerate(params.layers):
@@ -316,7 +326,7 @@ def loss(
         statistics += [] if new is None else [new]
     return stages.finish(
         params._replace(layers=()), x_BTD, statistics, tokens_BT, documents, labels_BT, num_targets, parallel,
-        config=config, z_loss_coef=z_loss_coef, recompute=recompute,
+        config=config, z_loss_coef=z_loss_coef, recompute=recompute, float8=float8,
     )  # fmt: skip
 
 

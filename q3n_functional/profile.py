@@ -204,7 +204,7 @@ def _regions(
         yield region, 1.0
         return
     for above in ancestors:
-        if above.name.startswith(("aten::mm", "aten::addmm", "aten::bmm")):
+        if above.name.startswith(("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_mm")):
             yield from _product(above, sizes).items()
             return
     kernel = "" if len(names) == 1 and not names[0].startswith(("aten::", "graph_", "triton_")) else " ".join(names)

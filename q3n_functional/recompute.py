@@ -29,6 +29,7 @@ SAVED = frozenset(
         _q3n.router_logits.default,
         _aten.mm.default,
         _aten.bmm.default,
+        _aten._scaled_mm.default,
         # An expert chosen differently the second time would be another function's gradient.
         _aten.topk.default,
         # What other ranks must be asked for again; gathered parameters are not here, or nothing would be sharded.

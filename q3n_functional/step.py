@@ -72,6 +72,7 @@ def make_loss(config: TrainConfig, shape: Config, parallel: Parallel | None = No
             config=shape,
             z_loss_coef=config.z_loss_coef,
             recompute=config.recompute,
+            float8=config.float8,
             stages=stages,
         )
 

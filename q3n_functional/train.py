@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from q3n_functional import data, metrics, optim, prepare, step, tokenizer, train_state
+from q3n_functional import data, float8, metrics, optim, prepare, step, tokenizer, train_state
 from q3n_functional.data import Batch
 from q3n_functional.generate import generate
 from q3n_functional.parallel import distributed_checkpoint, launch, placement, rules
@@ -76,6 +76,8 @@ def train(config: TrainConfig) -> Path:
     if launch.restarted():
         config = dataclasses.replace(config, resume=True)
     device = launch.own_device(step.pick_device(config.device), where)
+    if config.float8 != "none":
+        float8.check_device(device)
     with launch.joined(where, device):
         job, state, storage = _prepared(config, device, where)
         with launch.watched(where, lambda: _remedy(Path(config.run))):

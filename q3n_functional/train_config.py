@@ -15,6 +15,7 @@ import tyro
 
 from q3n_functional.compiled import Mode
 from q3n_functional.config import PRESETS, Config
+from q3n_functional.float8 import Float8
 from q3n_functional.optim import OptimizerConfig
 from q3n_functional.parallel.mesh import Mesh, check, check_batch
 from q3n_functional.recompute import Recompute
@@ -90,6 +91,9 @@ class TrainConfig:
     recompute: Recompute = "none"
     """What a layer computes again in backward to save memory: none; full, all but its input; or selective, all but the
     results of attention, delta rule, experts and matrix products."""
+    float8: Float8 = "none"
+    """linears: products with the matrices of attention, linear attention, dense layers and shared experts in float8,
+    forward and backward; routers, routed experts, gates, embedding and head stay in dtype, which must be bfloat16."""
     z_loss_coef: float = 0.0
     timeout: float = 600.0
     """Seconds after which ranks that wait for a silent one end the job; compiling is silent too."""
@@ -213,6 +217,10 @@ def _check(c: TrainConfig) -> None:
             raise ValueError(f"{name} is {values[name]}, it must be in [0, 1)")
     if c.seed >= 1 << 32:
         raise ValueError(f"seed is {c.seed}, it must be below 2**32")
+    if c.float8 != "none" and c.dtype != "bfloat16":
+        raise ValueError(f"float8 is {c.float8!r} with dtype {c.dtype!r}: it is between bfloat16 tensors, so set that")
+    if c.float8 != "none" and c.mesh.size > 1:
+        raise ValueError(f"float8 is {c.float8!r} with a mesh of {c.mesh.size} ranks: it is for one device, set none")
     check(c.mesh, c.model)
     check_batch(c.mesh, c.model, c.batch_size, c.seq_len)
     if sample.max_new_tokens and not sample.prompt:

@@ -184,6 +184,7 @@ def test_options_of_train(capsys):
 --device default: auto
 --compile default: layers
 --recompute default: none
+--float8 default: none
 --z-loss-coef default: 0.0
 --timeout default: 600.0
 --data.source required
