@@ -13,7 +13,7 @@ from torch import Tensor
 
 from q3n_functional import params
 from q3n_functional.ops import grouped_swiglu
-from q3n_functional.parallel.collectives import Axis, all_to_all, exchange_counts
+from q3n_functional.parallel.collectives import Axis, all_reduce, all_to_all, exchange_counts
 from q3n_functional.parallel.placement import Parallel
 
 
@@ -22,6 +22,8 @@ def routed(p: params.SwiGLU, x_TD: Tensor, experts_TJ: Tensor, weights_TJ: Tenso
     if parallel is None or parallel.ep.size == 1:
         return grouped_swiglu(x_TD, experts_TJ, weights_TJ, *p)
     ep, own = parallel.ep, p.gate.shape[0]
+    if parallel.tokens.size == 1:
+        return _own_share(p, x_TD, experts_TJ, weights_TJ, ep)
     sorted_M, order_M = experts_TJ.flatten().sort(stable=True)
     sent, received = _splits(sorted_M, own, ep)
     arrived_RD = all_to_all(x_TD[order_M // experts_TJ.shape[1]], received, sent, ep)
@@ -32,6 +34,17 @@ def routed(p: params.SwiGLU, x_TD: Tensor, experts_TJ: Tensor, weights_TJ: Tenso
     places_M = torch.empty_like(order_M).scatter(0, order_M, torch.arange(len(order_M), device=order_M.device))
     y_TJD = y_MD[places_M].view(*experts_TJ.shape, -1)
     return (y_TJD * weights_TJ[..., None].to(weights_TJ.dtype)).sum(1).to(x_TD.dtype)
+
+
+def _own_share(p: params.SwiGLU, x_TD: Tensor, experts_TJ: Tensor, weights_TJ: Tensor, ep: Axis) -> Tensor:
+    """For tokens that all ep ranks have, as in decoding: the sum of what each rank's own experts make of them."""
+    own = p.gate.shape[0]
+    local_TJ = experts_TJ - ep.rank * own
+    mine_TJ = (local_TJ >= 0) & (local_TJ < own)
+    # A slot of another rank's goes where one of its token does anyway, so that no expert is read for nothing.
+    stand_in_T1 = local_TJ.where(mine_TJ, 0).amax(-1, keepdim=True)
+    y_TD = grouped_swiglu(x_TD, local_TJ.where(mine_TJ, stand_in_T1), weights_TJ.where(mine_TJ, 0), *p)
+    return all_reduce(y_TD, ep)
 
 
 def _splits(sorted_M: Tensor, own: int, ep: Axis) -> tuple[list[int], list[int]]:

@@ -159,6 +159,18 @@ def cross_entropy(
     return Sums(entropy + z_loss_coef * z_loss, entropy.detach(), z_loss.detach())
 
 
+def logits(h_BD: Tensor, head_VD: Tensor, parallel: Parallel | None) -> Tensor:
+    """Logits [B, V] of hidden states that all ranks have, from a head whose rows tp shares out: the same bits on each.
+
+    ep ranks make them alike. Where their kernels round differently they would go on to write different texts, and wait
+    for each other for ever: the largest of theirs counts.
+    """
+    logits_BV = linear(h_BD, head_VD)
+    if parallel is None:
+        return logits_BV
+    return maximum(all_gather(logits_BV, parallel.tp, -1), parallel.ep)
+
+
 def summed(x: Tensor, axis: str, parallel: Parallel | None) -> Tensor:
     """The sum of the ranks' x over `axis`, one of `GROUPS`."""
     return x if parallel is None else all_reduce(x, getattr(parallel, axis))

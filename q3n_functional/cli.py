@@ -20,7 +20,11 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
@@ -46,22 +50,29 @@ def train(arguments: Sequence[str]) -> None:
     from q3n_functional.train import train as run
     from q3n_functional.train_config import parse
 
-    where = world()
+    with _as_rank(world()):
+        try:
+            run(parse(arguments))
+        except Stopped as stopped:
+            logging.info("%s", stopped)
+            sys.exit(128 + stopped.number)
+
+
+@contextmanager
+def _as_rank(where: World) -> Iterator[None]:
+    """Runs the block as one of the ranks that torchrun launched, whose process ends with it; or alone, as it is."""
+    if where.size == 1:
+        yield
+        return
     if not where.lead:
         logging.basicConfig(level=logging.WARNING, format=f"[rank {where.rank}] %(message)s", force=True)
     try:
-        run(parse(arguments))
-    except Stopped as stopped:
-        logging.info("%s", stopped)
-        sys.exit(128 + stopped.number)
+        yield
     except Exception as error:
-        if where.size == 1:
-            raise
         _end_rank(error, where)
-    if where.size > 1:
-        sys.stdout.flush()
-        # Threads of gloo may outlive its groups, and now and then abort a process that goes down around them.
-        os._exit(0)
+    sys.stdout.flush()
+    # Threads of gloo may outlive its groups, and now and then abort a process that goes down around them.
+    os._exit(0)
 
 
 def _end_rank(error: Exception, where: World) -> NoReturn:
@@ -87,6 +98,16 @@ def profile(arguments: Sequence[str]) -> None:
     run(parse(arguments, "q3n profile"))
 
 
+@dataclass(frozen=True)
+class Shares:
+    """The degrees of a mesh that writes; their product is the number of ranks."""
+
+    tp: int = 1
+    """The number of ranks that share heads, widths and vocabulary."""
+    ep: int = 1
+    """The number of ranks that share the experts."""
+
+
 def generate(
     folder: Annotated[Path, arg(metavar="FOLDER"), Positional],
     prompt: Annotated[str, arg(metavar="PROMPT"), Positional],
@@ -106,6 +127,7 @@ def generate(
     draft_tokens: int = 0,
     compile: bool = False,
     device: str = "auto",
+    mesh: Shares = Shares(),
 ) -> None:
     """Continues PROMPT with the model in FOLDER, and prints the text as it is written.
 
@@ -127,36 +149,51 @@ def generate(
         draft_tokens: tokens that the prediction module drafts a step; the text stays the same.
         compile: compile the step first, which pays for long texts on cuda.
         device: "auto" is cuda where there is one, else cpu.
+        mesh: how many ranks share the model.
     """
-    from q3n_functional import checkpoint, tokenizer
+    from q3n_functional import tokenizer
     from q3n_functional.generate import generate as write
+    from q3n_functional.parallel import decode, launch
+    from q3n_functional.parallel.mesh import Mesh, check_size
     from q3n_functional.sampling import Options
     from q3n_functional.step import pick_device
     from q3n_functional.train_state import model_folder
 
-    options = Options(
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, logit_bias=logit_bias, seed=seed,
-    )  # fmt: skip
-    found = model_folder(folder)
-    words = tokenizer.read(found / "tokenizer.json")
-    model = checkpoint.load(found, device=pick_device(device))
-    end = model.config.eos_token_id
-    ids = write(
-        model.params,
-        tokenizer.encode(words, [prompt])[0],
-        config=model.config,
-        max_new_tokens=max_new_tokens,
-        options=options,
-        chunk_length=chunk_length,
-        draft_tokens=draft_tokens,
-        compile=compile,
-        stop_tokens=(end,) if isinstance(end, int) else end or (),
-    )
-    print(prompt, end="")
-    for piece in tokenizer.stream(words, ids, stop):
-        print(piece, end="", flush=True)
-    print()
+    where = launch.world()
+    with _as_rank(where):
+        options = Options(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, logit_bias=logit_bias, seed=seed,
+        )  # fmt: skip
+        layout, found = Mesh(tp=mesh.tp, ep=mesh.ep), model_folder(folder)
+        check_size(layout, where.size)
+        words, on = tokenizer.read(found / "tokenizer.json"), launch.own_device(pick_device(device), where)
+        with launch.joined(where, on), launch.watched(where, lambda: "launch it again"):
+            model, parallel = decode.load(found, layout, on, where)
+            end = model.config.eos_token_id
+            start = partial(
+                write,
+                model.params,
+                tokenizer.encode(words, [prompt])[0],
+                parallel,
+                config=model.config,
+                max_new_tokens=max_new_tokens,
+                options=options,
+                chunk_length=chunk_length,
+                draft_tokens=draft_tokens,
+                compile=compile,
+                stop_tokens=(end,) if isinstance(end, int) else end or (),
+            )
+            _print(chain([prompt], tokenizer.stream(words, launch.together(start), stop)), where)
+
+
+def _print(pieces: Iterable[str], where: World) -> None:
+    """Every rank takes the pieces, whose making needs them all; the first one prints them."""
+    for piece in pieces:
+        if where.lead:
+            print(piece, end="", flush=True)
+    if where.lead:
+        print()
 
 
 def convert(

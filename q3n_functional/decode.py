@@ -16,7 +16,6 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
-from torch.nn.functional import linear
 
 from q3n_functional import cache as caches
 from q3n_functional import sampling
@@ -24,6 +23,7 @@ from q3n_functional.cache import Cache
 from q3n_functional.config import Config
 from q3n_functional.model import head, hidden_states
 from q3n_functional.packing import Documents, documents
+from q3n_functional.parallel.placement import Parallel, logits
 from q3n_functional.params import Parameters
 from q3n_functional.sampling import Drawn, History, Options, Settings, noted
 
@@ -74,21 +74,38 @@ def waiting(
 
 
 def extend(
-    params: Parameters, tokens_1T: Tensor, cu_seqlens: Tensor, cache: Cache, *, config: Config
+    params: Parameters,
+    tokens_1T: Tensor,
+    cu_seqlens: Tensor,
+    cache: Cache,
+    parallel: Parallel | None = None,
+    *,
+    config: Config,
 ) -> tuple[Tensor, Cache]:
     """Logits [B, V] behind the last token of each document of a packed stream, which continues `cache`.
 
     Document n continues sequence n. The logits of an empty one mean nothing, and its sequence stays as it is.
+    `parallel` is as for `hidden`; every rank has all the logits.
     """
-    h_1TD, after = hidden(params, tokens_1T, documents(cu_seqlens, *tokens_1T.shape), cache, config=config)
-    return linear(last(h_1TD, cu_seqlens), head(params)), after
+    h_1TD, after = hidden(params, tokens_1T, documents(cu_seqlens, *tokens_1T.shape), cache, parallel, config=config)
+    return logits(last(h_1TD, cu_seqlens), head(params), parallel), after
 
 
 def hidden(
-    params: Parameters, tokens_BT: Tensor, documents: Documents | None, cache: Cache, *, config: Config
+    params: Parameters,
+    tokens_BT: Tensor,
+    documents: Documents | None,
+    cache: Cache,
+    parallel: Parallel | None = None,
+    *,
+    config: Config,
 ) -> tuple[Tensor, Cache]:
-    """Hidden states [B, T, D] of tokens that continue `cache`, and the cache behind them."""
-    h_BTD, _, after = hidden_states(params, tokens_BT, documents, cache, config=config)
+    """Hidden states [B, T, D] of tokens that continue `cache`, and the cache behind them.
+
+    With `parallel`, that of `q3n_functional.parallel.decode`, `params` and `cache` are the rank's parts, tokens and
+    hidden states those of all ranks.
+    """
+    h_BTD, _, after = hidden_states(params, tokens_BT, documents, cache, parallel, config=config)
     assert after is not None
     return h_BTD, after
 
@@ -104,25 +121,33 @@ def join(
     tokens_1T: Tensor,
     cu_seqlens: Tensor,
     complete_B: Tensor,
+    parallel: Parallel | None = None,
     *,
     config: Config,
     filtered: bool = True,
 ) -> tuple[Running, Drawn]:
     """Rows read parts of their prompts, packed as for `extend`; those in `complete_B` (bool) draw a first token."""
-    logits_BV, cache = extend(params, tokens_1T, cu_seqlens, running.cache, config=config)
+    logits_BV, cache = extend(params, tokens_1T, cu_seqlens, running.cache, parallel, config=config)
     return drawn(running, cache, logits_BV, complete_B, filtered=filtered)
 
 
-def step(params: Parameters, running: Running, *, config: Config, filtered: bool = True) -> tuple[Running, Drawn]:
-    """Every row that is not finished takes its last token in and draws the next one.
+def step(
+    params: Parameters,
+    running: Running,
+    parallel: Parallel | None = None,
+    *,
+    config: Config,
+    filtered: bool = True,
+) -> tuple[Running, Drawn]:
+    """Every row that is not finished takes its last token in and draws the next one, the same on all ranks.
 
     `filtered` False leaves out top_k, top_p and min_p, for a batch none of whose rows asks for them. Nothing waits for
-    the device, and shapes are those of `running`.
+    the device, and shapes are those of `running`. `parallel` is as for `hidden`.
     """
-    h_B1D, cache = hidden(params, running.token_B[:, None], None, running.cache, config=config)
+    h_B1D, cache = hidden(params, running.token_B[:, None], None, running.cache, parallel, config=config)
     active_B = ~running.finished_B
     cache = caches.chosen(active_B, cache, running.cache)
-    return drawn(running, cache, linear(h_B1D[:, 0], head(params)), active_B, filtered=filtered)
+    return drawn(running, cache, logits(h_B1D[:, 0], head(params), parallel), active_B, filtered=filtered)
 
 
 def drawn(

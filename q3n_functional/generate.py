@@ -18,6 +18,8 @@ from q3n_functional import decode, speculative
 from q3n_functional.cache import Cache
 from q3n_functional.config import Config
 from q3n_functional.decode import Running
+from q3n_functional.parallel.decode import own_heads
+from q3n_functional.parallel.placement import Parallel
 from q3n_functional.params import Parameters
 from q3n_functional.sampling import Options, check_bias
 from q3n_functional.speculative import Speculating
@@ -58,6 +60,7 @@ def prefill(
     params: Parameters,
     prompts: Sequence[Sequence[int]],
     cache: Cache,
+    parallel: Parallel | None = None,
     *,
     config: Config,
     chunk_length: int = CHUNK,
@@ -67,14 +70,15 @@ def prefill(
 
     Prompts of any lengths lie end to end. Of the activations `chunk_length` tokens are there at once, however many the
     prompts have. `extend` may be `torch.compile(decode.extend, fullgraph=True)`: one graph serves all lengths but 1,
-    which has its own. A prompt without tokens leaves its sequence as it is, and its logits are zero.
+    which has its own. A prompt without tokens leaves its sequence as it is, and its logits are zero. With `parallel`,
+    that of `q3n_functional.parallel.decode`, `params` and `cache` are the rank's parts; the logits are whole.
 
     Raises ValueError where the prompts are not as many as the sequences, or have no room.
     """
     _check_room(prompts, cache)
     logits_BV = params.embed_tokens.new_zeros(len(prompts), config.vocab_size)
     for piece in pieces(prompts, chunk_length, logits_BV.device):
-        new_BV, cache = extend(params, piece.tokens_1T, piece.cu_seqlens, cache, config=config)
+        new_BV, cache = extend(params, piece.tokens_1T, piece.cu_seqlens, cache, parallel, config=config)
         logits_BV = torch.where(piece.complete_B[:, None], new_BV, logits_BV)
     return logits_BV, cache
 
@@ -94,6 +98,7 @@ def _check_room(prompts: Sequence[Sequence[int]], cache: Cache) -> None:
 def generate(
     params: Parameters,
     prompt: Sequence[int],
+    parallel: Parallel | None = None,
     *,
     config: Config,
     max_new_tokens: int,
@@ -108,27 +113,30 @@ def generate(
     The same arguments give the same tokens on one device. The prompt is read `chunk_length` tokens at a time. With
     `draft_tokens` the prediction module drafts so many a step, which changes the speed and not the text; how many were
     accepted is logged. On CUDA a step is a CUDA graph; with `compile` it goes through torch.compile first, which takes
-    a while.
+    a while. With `parallel`, that of `q3n_functional.parallel.decode`, `params` are the rank's shards: all ranks call
+    this with the same arguments, and each yields all the tokens.
 
     Raises ValueError for an empty prompt, tokens or biases outside the vocabulary, more tokens than positions, or
-    drafts without a prediction module.
+    drafts without a prediction module or on a mesh.
     """
     check(prompt, max_new_tokens, options, config)
     if chunk_length < 1:
         raise ValueError(f"chunk_length must be 1 or more, got {chunk_length}")
     if draft_tokens < 0:
         raise ValueError(f"draft_tokens must be 0 (none) or more, got {draft_tokens}")
+    if draft_tokens and parallel is not None:
+        raise ValueError(f"draft_tokens is {draft_tokens}, but drafts are made on one device alone: leave them out")
     if not max_new_tokens:
         return iter(())
     like, limit = params.embed_tokens, len(prompt) + max_new_tokens
-    cache = caches.empty(config, 1, limit + draft_tokens, like.dtype, like.device)
+    cache = caches.empty(own_heads(config, parallel), 1, limit + draft_tokens, like.dtype, like.device)
     running = decode.waiting(cache, [prompt], [options], [stop_tokens], [limit], config=config)
     static = {"config": config, "filtered": options.filtered}
     if draft_tokens:
         state = speculative.waiting(params, running, draft_tokens, limit + draft_tokens, config=config)
         steps = _speculated(params, state, prompt, static, chunk_length, compile)
     else:
-        steps = _plain(params, running, prompt, static, chunk_length, compile)
+        steps = _plain(params, running, prompt, static | {"parallel": parallel}, chunk_length, compile)
     return _until(steps, frozenset(stop_tokens))
 
 

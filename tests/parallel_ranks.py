@@ -163,17 +163,19 @@ MUTATIONS: dict[str, Callable[[], Callable[[], None]]] = {
 }
 
 
-def worst(case: Case) -> float:
+def worst(own: float) -> float:
     """The largest error of all ranks."""
     errors: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error(case))
+    dist.all_gather_object(errors, own)
     return max(errors)
 
 
-def launch(ranks: int, cases: Sequence[Case], timeout: float = 200) -> list[float]:
-    """The errors of `cases`, on that many processes; a rank that fails ends them all."""
+def launch(
+    ranks: int, cases: Sequence[tuple[Any, ...]], timeout: float = 200, module: str = "tests.parallel_ranks"
+) -> list[float]:
+    """The errors of the `cases` of `module`, on that many processes; a rank that fails ends them all."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "tests.parallel_ranks", folder, str(ranks), json.dumps(cases)]
+        command = [sys.executable, "-m", module, folder, str(ranks), json.dumps(cases)]
         processes = [
             subprocess.Popen(
                 [*command, str(rank)],
@@ -189,11 +191,12 @@ def launch(ranks: int, cases: Sequence[Case], timeout: float = 200) -> list[floa
         return [float(number) for number in found]
 
 
-def _main(folder: str, ranks: str, cases: str, rank: str) -> None:
+def main(folder: str, ranks: str, cases: str, rank: str, error: Callable[[list[Any]], float]) -> None:
+    """One rank of `launch`: `error` is that of a case, given as its values."""
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", store, timedelta(seconds=90), int(ranks), int(rank))
-    errors = [worst(Case(*values)) for values in json.loads(cases)]
+    errors = [worst(error(values)) for values in json.loads(cases)]
     if rank == "0":
         (Path(folder) / "errors.json").write_text(json.dumps(errors))
     dist.barrier()
@@ -201,4 +204,4 @@ def _main(folder: str, ranks: str, cases: str, rank: str) -> None:
 
 
 if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    main(*sys.argv[1:], error=lambda values: error(Case(*values)))

@@ -108,7 +108,9 @@ options
 --draft-tokens INT tokens that the prediction module drafts a step; the text stays the same. (default: 0)
 --compile,
 --no-compile compile the step first, which pays for long texts on cuda. (default: False)
---device STR "auto" is cuda where there is one, else cpu. (default: auto)""",
+--device STR "auto" is cuda where there is one, else cpu. (default: auto) mesh options how many ranks share the model.
+--mesh.tp INT The number of ranks that share heads, widths and vocabulary. (default: 1)
+--mesh.ep INT The number of ranks that share the experts. (default: 1)""",
     )
 
 

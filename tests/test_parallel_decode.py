@@ -1,0 +1,83 @@
+"""Writing on a mesh: one device's tokens, caches that are slices of its caches; what is refused."""
+
+import re
+
+import pytest
+import torch
+
+from q3n_functional import checkpoint, cli
+from q3n_functional.generate import generate
+from q3n_functional.parallel import decode, mesh
+from q3n_functional.parallel.launch import World
+from tests.configs import small
+from tests.decode_ranks import FULL, MUTATIONS, Case
+from tests.parallel_ranks import launch
+from tests.runs import torchrun
+
+MODULE = "tests.decode_ranks"
+TWO = [
+    Case("tp=2"),
+    Case("ep=2"),
+    Case("tp=2", {"num_experts": 0, "intermediate_size": 24, "tie_word_embeddings": True}),
+    Case("tp=2", compiled=True),
+    Case("ep=2", compiled=True),
+]
+# Three value heads to a key head, half as many key/value heads as ranks.
+MANY_HEADS = {"linear_num_key_heads": 4, "linear_num_value_heads": 12}
+FOUR = [Case("ep=2,tp=2"), Case("tp=4", MANY_HEADS), Case("tp=4", {"layer_types": [FULL, FULL]}), Case("ep=4")]
+
+
+SUMMED, EXPERTS = MUTATIONS
+WRONG = [Case("tp=2", mutation=SUMMED), Case("ep=2", mutation=EXPERTS)]
+
+
+@pytest.mark.parametrize(("ranks", "cases"), [(2, TWO + WRONG), (4, FOUR)], ids=["two", "four"])
+def test_a_mesh_writes_what_one_device_writes(ranks, cases):
+    errors = launch(ranks, cases, module=MODULE)
+    wrong = {str(case): value for case, value in zip(cases, errors, strict=True) if not value < 1e-10}
+    assert wrong.keys() == {str(case) for case in cases if case.mutation}, wrong
+
+
+def options(folder):
+    return ("generate", folder / "run", "DUKE.", "--max-new-tokens=12", "--seed=4", "--mesh.tp=2")
+
+
+def test_generate_under_torchrun_prints_the_text_of_one_device_once(finished, capsys):
+    cli.main([*map(str, options(finished)[:-1])])
+    done = torchrun(2, "q3n_functional", *options(finished))
+    assert (done.returncode, done.stdout) == (0, capsys.readouterr().out), done.stderr
+    assert "rank 1" not in done.stderr
+
+
+def test_the_loss_of_a_rank_reaches_the_terminal(finished):
+    lost = torchrun(2, "tests.dying_rank", *options(finished), die="1:decode.drawn:3")
+    assert lost.returncode == 1
+    assert re.search(r"q3n: rank 0: another rank is gone or silent \(.*\); launch it again\n", lost.stderr), lost.stderr
+
+
+def test_drafts_are_refused_on_a_mesh():
+    with pytest.raises(ValueError, match="draft_tokens is 1, but drafts are made on one device alone: leave them out"):
+        generate(None, [1], object(), config=small(), max_new_tokens=1, draft_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
+        ("tp=8", "mesh.tp is 8, but vocab_size is 300, not a multiple of it; this model allows tp 1, 2"),
+        ("ep=3", "mesh.ep is 3, but num_experts is 8, not a multiple of it; this model allows ep 1, 2, 4, 8"),
+        ("dp=2,tp=2", "mesh.dp is 2, but writing shares out neither rows nor their tokens: use tp and ep"),
+        ("cp=2", "mesh.cp is 2, but writing shares out neither rows nor their tokens: use tp and ep"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused_before_weights_are_read(layout, said, finished, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_fill", None)
+    layout = mesh.parse(layout)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        decode.load(finished / "run/step-10/model", layout, torch.device("cpu"), World(0, layout.size, 0))
+
+
+def test_a_mesh_needs_torchrun(finished, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*map(str, options(finished))])
+    said = "q3n: the mesh (tp 2) needs torchrun with hosts x --nproc-per-node = 2, but 1 was launched\n"
+    assert capsys.readouterr().err == said
