@@ -52,6 +52,20 @@ def test_scaling_measures_one_and_two_ranks(tmp_path):
     assert found[two, "efficiency"] == pytest.approx(ratio, rel=1e-3)
 
 
+def test_float8_draws_both_curves(tmp_path):
+    # The steps are training_step.py's, whose compiling would take longer than this file may.
+    command = [sys.executable, BENCHMARKS / "float8.py", "--tiny", "--cases", "--out", tmp_path]
+    subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    rows = json.loads((tmp_path / "float8.json").read_text())
+    found = {(row["case"], row["implementation"], row["metric"]): row["value"] for row in rows}
+    assert len(found) == 2 * (10 + 1)
+    for end in range(1, 11):
+        ours, theirs = (found[f"tiny step {end}", name, "cross_entropy"] for name in ("q3n float8", "q3n"))
+        assert abs(ours - theirs) < 0.02
+    assert found["tiny step 10", "q3n float8", "validation_loss"] != found["tiny step 10", "q3n", "validation_loss"]
+    assert (tmp_path / "float8.png").stat().st_size > 10_000
+
+
 def test_serve_load_measures_and_finds_nothing_wrong(tmp_path):
     checkpoint.save(tmp_path / "model", TREE, CONFIG, None, checkpoint.Extras({}, tokenizer.files(WORDS)))
     command = [sys.executable, BENCHMARKS / "serve_load.py", tmp_path / "model", "--out", tmp_path, "--tokens", "9"]

@@ -5,12 +5,13 @@
 Prints a table and writes results/training_step.json. Three linear layers and one of full attention (or two linear ones
 with all 512 experts), vocabulary 151,936, bf16 parameters, gradients, AdamW with moments in bf16, random tokens, no
 prediction module. Implementations: q3n, every kind of layer compiled once; q3n selective, recomputing what is cheap;
-q3n model, everything as one graph; q3n eager; transformers, Qwen3NextForCausalLM with flash-linear-attention where that
-is installed, experts by grouped_mm, attention by SDPA; transformers compile, the same under torch.compile. Metrics:
-first_step_s, from the first call to its end, compiling included; step_ms, the median of forward plus backward;
-peak_gib, of that; with_optimizer_ms; loss of the first step; mfu. Weights are drawn as each implementation draws them,
-from one distribution, so that losses agree as far as chance lets them: about log(vocabulary). Every implementation runs
-in a process of its own. --tiny is for a machine without a card.
+q3n float8, with the blocks' linears in float8; q3n model, everything as one graph; q3n eager; transformers,
+Qwen3NextForCausalLM with flash-linear-attention where that is installed, experts by grouped_mm, attention by SDPA;
+transformers compile, the same under torch.compile. Metrics: first_step_s, from the first call to its end, compiling
+included; step_ms, the median of forward plus backward; peak_gib, of that; with_optimizer_ms; loss of the first step;
+mfu, of the card's bf16 peak. Weights are drawn as each implementation draws them, from one distribution, so that losses
+agree as far as chance lets them: about log(vocabulary). Every implementation runs in a process of its own. --tiny is
+for a machine without a card.
 """
 
 import argparse
@@ -73,14 +74,23 @@ def weights(config: Config, device: str) -> params.Parameters:
     return pytree.tree_map(draw, params.spec(config))
 
 
-def ours(config: Config, rows: int, length: int, device: str, mode: str = "layers", recompute: str = "none") -> Runner:
+def ours(
+    config: Config,
+    rows: int,
+    length: int,
+    device: str,
+    mode: str = "layers",
+    recompute: str = "none",
+    float8: str = "none",
+) -> Runner:
     tree = weights(config, device)
     masters = params.named_leaves(tree)
     leaves = {name: p.requires_grad_() for name, p in masters.items()}
     groups = optim.groups(config, ADAMW)
     views = {name: p.detach() for name, p in leaves.items()}
     tokens, lr = random_tokens(config, rows, length, device), torch.tensor(1e-4, device=device)
-    loss = compiled.compiled(functools.partial(model.loss, config=config, recompute=recompute), mode)
+    options = {"config": config, "recompute": recompute, "float8": float8}
+    loss = compiled.compiled(functools.partial(model.loss, **options), mode)
     update = functools.partial(optim.update_, groups=groups, optimizer=ADAMW)
     if mode != "none":
         update = torch.compile(update, fullgraph=True)
@@ -155,6 +165,7 @@ def theirs(config: Config, rows: int, length: int, device: str, compile_: bool =
 IMPLEMENTATIONS: dict[str, Callable[..., Runner]] = {
     "q3n": ours,
     "q3n selective": functools.partial(ours, recompute="selective"),
+    "q3n float8": functools.partial(ours, float8="linears"),
     "q3n eager": functools.partial(ours, mode="none"),
     "q3n model": functools.partial(ours, mode="model"),
     "transformers": theirs,
