@@ -203,6 +203,17 @@ def _plain_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tenso
     return o.flatten(2, 3), scores.logsumexp(-1).flatten(1, 2).transpose(1, 2)
 
 
+def _cached(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """All rows at once behind their caches, at the cost of the room in these: a CUDA graph cannot ask for lengths."""
+    scores = torch.einsum("btgrk,bsgk->bgrts", _grouped(q, k.shape[2]), k.to(wide(k.dtype))) * scale
+    last_BT = lengths[:, None] + torch.arange(q.shape[1], device=q.device)
+    seen_BTS = torch.arange(k.shape[1], device=q.device) <= last_BT[:, :, None]
+    scores = scores.masked_fill(~seen_BTS[:, None, None], -torch.inf)
+    read = v.to(wide(v.dtype)).masked_fill(~seen_BTS[:, -1, :, None, None], 0)  # what lies behind may be anything
+    o = torch.einsum("bgrts,bsgk->btgrk", scores.softmax(-1), read)
+    return o.flatten(2, 3).to(q.dtype), scores.logsumexp(-1).flatten(1, 2).transpose(1, 2)
+
+
 def _plain_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, ...]:
@@ -223,6 +234,8 @@ def _forward(
     among: Tensor | None,
     scale: float,
 ) -> Outputs:
+    if lengths is not None and cu_seqlens is None and q.device.type != "cpu":
+        return _cached(q, k, v, lengths, scale)
     block = _flash_forward if q.device.type == "cpu" else _plain_forward
     q, k, v = (x.contiguous() for x in (q, k, v))  # flash attention reads any other last dim wrongly
     o, lse = q.new_zeros(q.shape), q.new_zeros(q.shape[:3], dtype=wide(q.dtype))

@@ -200,14 +200,16 @@ _MASK = 0xFFFFFFFF
 def philox(seed_B: Tensor, position_B: Tensor, size: int) -> Tensor:
     """Random 32-bit integers, as int64 [B, size]: Philox 4x32 with ten rounds (Salmon et al. 2011).
 
-    Key: seed. Counter: (block of four results, position, 0, 0). In tensor arithmetic because torch's own generators
-    take one seed for all rows (torch.func._random, experimental, is not in all versions that we run on).
+    Key: seed. Counter: (position, block of four results, position's upper half, 0). In tensor arithmetic because
+    torch's own generators take one seed for all rows (torch.func._random, experimental, is not in all versions that we
+    run on).
     """
     block = torch.arange((size + 3) // 4, device=seed_B.device)[None]
     position, low, high = (x.long()[:, None] for x in (position_B, seed_B & _MASK, (seed_B >> 32) & _MASK))
+    # The block is no word that the first round multiplies: Inductor would compute that product in 32 bits.
     counter: tuple[Tensor, ...] = (
-        block.expand(len(seed_B), -1),
         position & _MASK,
+        block.expand(len(seed_B), -1),
         (position >> 32) & _MASK,
         torch.zeros_like(position),
     )
@@ -219,10 +221,12 @@ def philox(seed_B: Tensor, position_B: Tensor, size: int) -> Tensor:
 
 def _round(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     a, b, c, d = counter
-    first, second = a * 0xD2511F53, c * 0xCD9E8D57  # 64 bits; the sign means nothing
-    return (
-        ((second >> 32) & _MASK) ^ b ^ key[0],
-        second & _MASK,
-        ((first >> 32) & _MASK) ^ d ^ key[1],
-        first & _MASK,
-    )
+    above, low = _product(a, 0xD2511F53)
+    other_above, other_low = _product(c, 0xCD9E8D57)
+    return other_above ^ b ^ key[0], other_low, above ^ d ^ key[1], low
+
+
+def _product(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """Upper and lower 32 bits of a product of 32-bit numbers, without leaving int64: compilers take that for granted."""
+    low, high = (x & 0xFFFF) * factor, (x >> 16) * factor
+    return (high + (low >> 16)) >> 16, (low + ((high & 0xFFFF) << 16)) & _MASK

@@ -8,7 +8,14 @@ import torch
 from expecttest import assert_expected_inline
 
 from q3n_functional.ops import attention
-from q3n_functional.ops.attention import BLOCK, _flash_backward, _flash_forward, _plain_backward, _plain_forward
+from q3n_functional.ops.attention import (
+    BLOCK,
+    _cached,
+    _flash_backward,
+    _flash_forward,
+    _plain_backward,
+    _plain_forward,
+)
 
 # Rows, their length, heads, and offsets.
 PACKED = {
@@ -157,6 +164,18 @@ def test_written_out_is_the_same(shape):
     torch.testing.assert_close(ours, theirs)
     gradients = [f(do, q, k, v, *theirs, 0.3) for f in (_plain_backward, _flash_backward)]
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("length", [1, 4])
+def test_all_rows_at_once_behind_their_caches(length):
+    """What runs behind a cache where torch has no flash attention, and nobody may be asked how long it is."""
+    inputs, lengths = draw(3, length, capacity=length + 40), torch.tensor([0, 40, 17], dtype=torch.int32)
+    expected = naive(*inputs, None, lengths)
+    inputs[1][0, length:], inputs[2][0, length:] = torch.nan, torch.nan  # not to be read
+    o, lse = _cached(*inputs, lengths, inputs[0].shape[-1] ** -0.5)
+    torch.testing.assert_close(o, expected, rtol=0, atol=1e-13)
+    assert lse.shape == o.shape[:3]
+    assert lse.isfinite().all()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=str)
