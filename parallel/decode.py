@@ -1,8 +1,8 @@
 """Writing on a mesh: tp ranks share heads, widths and vocabulary, ep ranks the experts, and all have the same rows.
 
 Unlike in training, no rank has tokens of its own: a step has one token a row, too few to share out. So sequences are
-not cut between blocks, experts get no tokens from other ranks, and caches are of the rank's heads alone. Every rank
-has all logits, of the last tokens only, and draws the same tokens from the same seeds.
+not cut between blocks, and a step's tokens do not travel to their experts. Caches are of the rank's heads alone. Every
+rank has all logits, of the last tokens only, and draws the same tokens from the same seeds.
 """
 
 from __future__ import annotations

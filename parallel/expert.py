@@ -2,6 +2,8 @@
 
 Each rank sorts the slots of its tokens by expert, which is by owner too, and sends a copy of the token for each. How
 many go where is known on the device alone, and the exchange wants it on the host: one wait for the device a layer.
+Where all ranks have the same tokens, as in writing, many of them, of prompts, are shared out first; a few, as in a
+step, stay where they are, and the ranks add up what their own experts make of them, without a wait.
 
 Letters: T tokens, D model width, J experts a token, M = T*J slots, R slots that arrived, E experts.
 """
@@ -10,20 +12,30 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from q3n_functional import params
 from q3n_functional.ops import grouped_swiglu
-from q3n_functional.parallel.collectives import Axis, all_reduce, all_to_all, exchange_counts
+from q3n_functional.parallel.collectives import Axis, all_gather, all_reduce, all_to_all, exchange_counts, pick
 from q3n_functional.parallel.placement import Parallel
+
+FEW = 1024
+"""Tokens up to which products that are thrown away take less time than the experts' weights take to be read."""
 
 
 def routed(p: params.SwiGLU, x_TD: Tensor, experts_TJ: Tensor, weights_TJ: Tensor, parallel: Parallel | None) -> Tensor:
     """`grouped_swiglu` [T, D] where the rank has a range of the experts; numbers in experts_TJ count all of them."""
     if parallel is None or parallel.ep.size == 1:
         return grouped_swiglu(x_TD, experts_TJ, weights_TJ, *p)
-    ep, own = parallel.ep, p.gate.shape[0]
-    if parallel.tokens.size == 1:
-        return _own_share(p, x_TD, experts_TJ, weights_TJ, ep)
+    if parallel.tokens.size > 1:
+        return _exchanged(p, x_TD, experts_TJ, weights_TJ, parallel.ep)
+    same = _added if x_TD.shape[0] <= FEW else _shared_out
+    return same(p, x_TD, experts_TJ, weights_TJ, parallel.ep)
+
+
+def _exchanged(p: params.SwiGLU, x_TD: Tensor, experts_TJ: Tensor, weights_TJ: Tensor, ep: Axis) -> Tensor:
+    """For tokens that are the rank's own."""
+    own = p.gate.shape[0]
     sorted_M, order_M = experts_TJ.flatten().sort(stable=True)
     sent, received = _splits(sorted_M, own, ep)
     arrived_RD = all_to_all(x_TD[order_M // experts_TJ.shape[1]], received, sent, ep)
@@ -36,12 +48,20 @@ def routed(p: params.SwiGLU, x_TD: Tensor, experts_TJ: Tensor, weights_TJ: Tenso
     return (y_TJD * weights_TJ[..., None].to(weights_TJ.dtype)).sum(1).to(x_TD.dtype)
 
 
-def _own_share(p: params.SwiGLU, x_TD: Tensor, experts_TJ: Tensor, weights_TJ: Tensor, ep: Axis) -> Tensor:
-    """For tokens that all ep ranks have, as in decoding: the sum of what each rank's own experts make of them."""
+def _shared_out(p: params.SwiGLU, x_TD: Tensor, experts_TJ: Tensor, weights_TJ: Tensor, ep: Axis) -> Tensor:
+    """For many tokens that all ranks have: each rank's piece of them goes where the tokens' experts are."""
+    num = x_TD.shape[0]
+    x, experts, weights = (pick(pad(t, (0, 0, 0, -num % ep.size)), ep, 0) for t in (x_TD, experts_TJ, weights_TJ))
+    return all_gather(_exchanged(p, x, experts, weights, ep), ep, 0)[:num]
+
+
+def _added(p: params.SwiGLU, x_TD: Tensor, experts_TJ: Tensor, weights_TJ: Tensor, ep: Axis) -> Tensor:
+    """For few tokens that all ranks have."""
     own = p.gate.shape[0]
     local_TJ = experts_TJ - ep.rank * own
     mine_TJ = (local_TJ >= 0) & (local_TJ < own)
-    # A slot of another rank's goes where one of its token does anyway, so that no expert is read for nothing.
+    # A slot of another rank's goes to an expert that its token has here anyway, where there is one: reading weights is
+    # what takes the time, not the products.
     stand_in_T1 = local_TJ.where(mine_TJ, 0).amax(-1, keepdim=True)
     y_TD = grouped_swiglu(x_TD, local_TJ.where(mine_TJ, stand_in_T1), weights_TJ.where(mine_TJ, 0), *p)
     return all_reduce(y_TD, ep)

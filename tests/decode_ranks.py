@@ -38,12 +38,13 @@ LINEAR, FULL = "linear_attention", "full_attention"
 
 
 class Case(NamedTuple):
-    """A layout, changes to the small model, whether the step is compiled, and what is done wrong."""
+    """A layout, changes to the small model, whether the step is compiled, what is done wrong, how many are few."""
 
     mesh: str
     model: dict[str, Any] = UNCHANGED
     compiled: bool = False
     mutation: str = ""
+    few: int = 1024
 
 
 class Written(NamedTuple):
@@ -113,6 +114,7 @@ def error(case: Case) -> float:
     parallel = on_mesh.connect(layout, config, torch.device("cpu"))
     shards = rules.shard(tree, parallel.layouts, at)
     undo = MUTATIONS[case.mutation]() if case.mutation else lambda: None
+    expert.FEW = case.few
     actual = written(config, shards, parallel, case.compiled)
     undo()
     if actual.tokens != expected.tokens or actual.texts != expected.texts:

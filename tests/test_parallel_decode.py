@@ -24,9 +24,13 @@ TWO = [
 ]
 # Three value heads to a key head, half as many key/value heads as ranks.
 MANY_HEADS = {"linear_num_key_heads": 4, "linear_num_value_heads": 12}
-FOUR = [Case("ep=2,tp=2"), Case("tp=4", MANY_HEADS), Case("tp=4", {"layer_types": [FULL, FULL]}), Case("ep=4")]
-
-
+FOUR = [
+    Case("ep=2,tp=2"),
+    Case("ep=2,tp=2", few=3),
+    Case("ep=4"),
+    Case("tp=4", MANY_HEADS),
+    Case("tp=4", {"layer_types": [FULL, FULL]}),
+]
 SUMMED, EXPERTS = MUTATIONS
 WRONG = [Case("tp=2", mutation=SUMMED), Case("ep=2", mutation=EXPERTS)]
 
