@@ -23,7 +23,7 @@ from torch import Tensor
 
 from q3n_functional import model, optim, packing, params
 from q3n_functional.config import Config
-from q3n_functional.parallel import collectives, mesh, placement, rules
+from q3n_functional.parallel import mesh, placement, rules
 from q3n_functional.params import named_leaves
 from q3n_functional.recompute import Recompute
 from tests.configs import perturbed, slower, small, trainable
@@ -35,6 +35,7 @@ ENDS = ((5, 8, 29, 32), (15, 17, 32), (32,), (1, 16, 16, 18))
 
 
 UNCHANGED: dict[str, Any] = {}
+SHALLOW: dict[str, Any] = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
 
 
 class Case(NamedTuple):
@@ -46,11 +47,11 @@ class Case(NamedTuple):
     sequence: bool = True
     backend: str = ""
     recompute: Recompute = "none"
-    mutation: str = ""
+    steps: int = STEPS
 
 
 class Batch(NamedTuple):
-    """Tokens, labels of which a third is ignored, offsets of documents."""
+    """Tokens, labels of which a third is ignored and in a half of a row all, offsets of documents."""
 
     tokens: Tensor
     labels: Tensor
@@ -69,6 +70,7 @@ def batch(config: Config, packed: bool) -> Batch:
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(config.vocab_size, (ROWS, LENGTH), generator=generator)
     labels = tokens.masked_fill(torch.rand(ROWS, LENGTH, generator=generator) < 0.3, packing.IGNORE)
+    labels[1, LENGTH // 2 :] = packing.IGNORE
     ends = [row * LENGTH + end for row, row_ends in enumerate(ENDS) for end in row_ends]
     return Batch(tokens, labels, torch.tensor([0, *ends], dtype=torch.int32) if packed else None)
 
@@ -91,10 +93,12 @@ def trained(config: Config, tree: params.Parameters, own: Batch, case: Case, par
     update = partial(optim.update_, parallel=parallel, groups=groups, optimizer=OPTIMIZER)
     if case.backend:
         torch._dynamo.reset()
-        loss, update = (torch.compile(f, fullgraph=True, dynamic=False, backend=case.backend) for f in (loss, update))
+        compiled = partial(torch.compile, fullgraph=True, dynamic=False, backend=case.backend)
+        # On one device the update alone: compiled, AdamW rounds powers of the step that it does not round eagerly.
+        loss, update = loss if parallel is None else compiled(loss), compiled(update)
     leaves, numbers, first = named_leaves(tree), [], {}
     state = optim.init({name: p.detach() for name, p in leaves.items()}, groups)
-    for _ in range(STEPS):
+    for _ in range(case.steps):
         value, parts = loss(tree, *own)
         new = dict(zip(leaves, torch.autograd.grad(value, list(leaves.values())), strict=True))
         first = first or {name: g.clone() for name, g in new.items()}
@@ -105,62 +109,46 @@ def trained(config: Config, tree: params.Parameters, own: Batch, case: Case, par
 
 
 @cache
-def reference(model_options: str, packed: bool, backend: str) -> tuple[Config, params.Parameters, Outcome]:
+def reference(model_options: str, packed: bool, steps: int, backend: str) -> tuple[Config, params.Parameters, Outcome]:
+    """The model, and what training on one device makes of it."""
     options = json.loads(model_options)
     config = small(**{name: tuple(x) if isinstance(x, list) else x for name, x in options.items()})
     tree = slower(perturbed(config, dtype=torch.float64))
-    return config, tree, trained(config, trainable(tree), batch(config, packed), Case("", backend=backend))
+    return config, tree, trained(config, trainable(tree), batch(config, packed), Case("", steps=steps, backend=backend))
 
 
-def error(case: Case) -> float:
-    """The largest error of this rank, relative to the largest number of each tensor."""
-    config, tree, expected = reference(json.dumps(case.model), case.packed, case.backend)
+def expected(case: Case) -> tuple[Config, params.Parameters, Outcome]:
+    """`reference` of a case."""
+    return reference(json.dumps(case.model), case.packed, case.steps, case.backend)
+
+
+def errors(case: Case) -> dict[str, float]:
+    """This rank's errors, each relative to the largest number of its tensor: "numbers", gradients and parameters."""
+    config, tree, on_one = expected(case)
     layout = replace(mesh.parse(case.mesh), sequence=case.sequence)
     mesh.check_batch(layout, config, ROWS, LENGTH)
     where, at = rules.layouts(config, layout), layout.coordinates(dist.get_rank())
     parallel = placement.connect(layout, where, torch.float64, torch.device("cpu"))
     own = rows_of(batch(config, case.packed), layout.rows, at["rows"])
-    undo = MUTATIONS[case.mutation]() if case.mutation else lambda: None
     actual = trained(config, trainable(rules.shard(tree, where, at)), own, case, parallel)
-    undo()
-    places = named_leaves(where)
-    pairs = list(zip(expected.numbers, actual.numbers, strict=True))
-    for theirs, ours in ((expected.gradients, actual.gradients), (expected.leaves, actual.leaves)):
-        pairs += [(places[name].shard(whole, at), ours[name]) for name, whole in theirs.items()]
-    return max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-6)) for a, b in pairs)
+    numbers = zip(on_one.numbers, actual.numbers, strict=True)
+    found = {"numbers": max(relative(*pair) for pair in numbers)}
+    for kind in ("gradients", "leaves"):
+        for name, place in named_leaves(where).items():
+            ours, theirs = getattr(actual, kind)[name], getattr(on_one, kind)[name]
+            found[f"{kind} {name}"] = relative(place.shard(theirs, at), ours)
+    return found
 
 
-def _replaced(owner: Any, name: str, function: Any) -> Callable[[], None]:
-    original = owner.__dict__[name]
-    setattr(owner, name, function)
-    return lambda: setattr(owner, name, original)
+def relative(expected: Tensor, actual: Tensor) -> float:
+    """The largest difference of two tensors, relative to the largest number in the first."""
+    largest = (expected - actual).abs().max() / expected.abs().max().clamp(min=1e-6)
+    return float(largest.nan_to_num(nan=torch.inf))
 
 
-def _without(function: Any, name: str, change: Callable[..., Any]) -> Callable[[], Callable[[], None]]:
-    return lambda: _replaced(function, name, staticmethod(change))
-
-
-def _no_sums(ctx: Any, dy: Tensor) -> Any:
-    ctx.sums = []
-    return _parameter_backward(ctx, dy)
-
-
-def _own_piece(ctx: Any, dy: Tensor) -> Any:
-    """A reduce-scatter without the sum."""
-    size, _, dim = ctx.where
-    return dy.chunk(size, dim)[dist.get_rank() % size], None, None, None
-
-
-_parameter_backward = collectives._Parameter.backward
-_gathered = collectives._gathered
-
-MUTATIONS: dict[str, Callable[[], Callable[[], None]]] = {
-    "parameters are not summed": _without(collectives._Parameter, "backward", _no_sums),
-    "gathers are not reduced": _without(collectives._AllGather, "backward", _own_piece),
-    "a sum's gradient is not summed": _without(collectives._AllReduce, "backward", lambda ctx, dy: (dy, None)),
-    "statistics are local": lambda: _replaced(placement, "all_reduce", lambda x, axis: x),
-    "the norm is local": lambda: _replaced(optim, "total_norm", lambda g, _: placement.total_norm(g, None)),
-}
+def error(case: Case) -> float:
+    """This rank's largest error."""
+    return max(errors(case).values())
 
 
 def worst(own: float) -> float:
