@@ -22,8 +22,9 @@ from q3n_functional.ops.registration import (
 )
 
 IGNORE = -100  # as `q3n_functional.packing` has it; an op knows nothing of the package around it
-CHUNK_BYTES = 2**30
-"""What the logits of a chunk of tokens and their gradients may take together."""
+CHUNK_BYTES = 2**32
+"""What the logits of a chunk of tokens and their gradients may take together; every chunk reads and writes the fp32
+sum of the head's gradient, so that few chunks take less time."""
 
 
 class Sums(NamedTuple):
@@ -45,7 +46,7 @@ def linear_cross_entropy(
 
     The gradients are computed with the loss, a chunk of tokens at a time: three matrix products in all, as without
     chunks, because what is differentiated has one factor still to come. Memory beyond inputs and gradients: at most
-    1 GiB for the chunk, whatever the number of tokens, and the fp32 sum of the head's gradient, 4 V D bytes. Saved for
+    4 GiB for the chunk, whatever the number of tokens, and the fp32 sum of the head's gradient, 4 V D bytes. Saved for
     backward: the gradients of h and head in their dtypes. (Hsu et al. 2024, Liger Kernel; torch 2.13 has a
     linear_cross_entropy, without z-loss, torch.compile and torch.func.)
 

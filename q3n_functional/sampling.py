@@ -227,6 +227,6 @@ def _round(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Ten
 
 
 def _product(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """Upper and lower 32 bits of a product of 32-bit numbers, without leaving int64: compilers take that for granted."""
+    """Upper and lower 32 bits of a product of 32-bit numbers, within int64: compilers take that for granted."""
     low, high = (x & 0xFFFF) * factor, (x >> 16) * factor
     return (high + (low >> 16)) >> 16, (low + ((high & 0xFFFF) << 16)) & _MASK
