@@ -327,8 +327,7 @@ class Engine:
                 break
         self._drawn_tokens += len(events)
         row.read = len(row.tokens) - 1
-        if len(events) == len(run):  # else the cache has gone on behind the end of the text
-            self._keep(number, row)
+        self._keep(number, row)  # not where a stop string has cut the run: runs end with blocks
         if events[-1].finish_reason:
             self._leave(number)
         return events

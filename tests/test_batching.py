@@ -19,9 +19,9 @@ TREE = slower(perturbed(CONFIG))
 SYSTEM = list(range(40, 62))
 
 
-def engine(**changes):
+def engine(kind=Engine, **changes):
     options = {"rows": 3, "capacity": 64, "chunk_length": 9, "block_size": 8, **changes}
-    return Engine(params=TREE, config=CONFIG, tokenizer=WORDS, **options)
+    return kind(params=TREE, config=CONFIG, tokenizer=WORDS, **options)
 
 
 def random_request(generator):

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+import torch.utils._pytree as pytree
 
 from q3n_functional import tokenizer
 from q3n_functional.batching import Engine, Request
@@ -37,7 +38,7 @@ def random_request(generator):
     return Request(prompt=prompt, max_new_tokens=new, options=options, stop_tokens=stops, stop=stop)
 
 
-@pytest.mark.parametrize(("drafts", "prefix_bytes"), [(1, 0), (3, 0), (3, 10**6), (6, 10**9)])
+@pytest.mark.parametrize(("drafts", "prefix_bytes"), [(1, 0), (3, 10**6), (6, 10**9)])
 def test_random_joins_leaves_and_cancels(drafts, prefix_bytes):
     made = engine(drafts=drafts, prefix_bytes=prefix_bytes, max_queue=5)
     visited(made, random.Random(drafts), random_request)
@@ -46,19 +47,24 @@ def test_random_joins_leaves_and_cancels(drafts, prefix_bytes):
     assert 0.05 < counts.accepted_tokens / counts.drafted_tokens < 0.7
 
 
+class Checked(Engine):
+    """Before every step each row has the drafts that come of its tokens alone."""
+
+    def _write(self):
+        for number, row in enumerate(self._batch):
+            if row is not None and not row.reading:
+                expected = drafted(TREE, CONFIG, self._running, number, torch.tensor([row.tokens]), self.drafts)
+                assert self._state.drafts_BN[number].tolist() == expected
+        return super()._write()
+
+
 def test_drafts_are_those_of_the_request_alone():
     """Whoever comes and goes, and however the prompt was read: in pieces, beside others' steps, or from the store."""
-    made, generator, seen = engine(drafts=3, prefix_bytes=10**9, max_queue=99), random.Random(1), 0
-    for _ in range(12):
+    made, generator = engine(Checked, drafts=3, prefix_bytes=10**9, max_queue=99), random.Random(1)
+    for _ in range(10):
         made.submit(dataclasses.replace(random_request(generator), stop=(), stop_tokens=()))
-    for _ in range(60):
-        made.step()
-        for number, row in enumerate(made._batch):
-            if row is not None and not row.reading:
-                expected = drafted(TREE, CONFIG, made._running, number, torch.tensor([row.tokens]), 3)
-                assert made._state.drafts_BN[number].tolist() == expected
-                seen += 1
-    assert seen > 40
+    drained(made)
+    assert made.counts().drafted_tokens > 3 * 40
     assert made.counts().reused_tokens > 40
 
 
@@ -119,6 +125,22 @@ def test_a_stop_string_within_a_run_cuts_it(stop):
     kept = len(requests) + counts.drafted_tokens // 4 + counts.accepted_tokens
     # The tokens behind the stop strings, which the device had drawn in the same step.
     assert (counts.drawn_tokens < kept) == (stop != ("zzz",))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_cuda_graphs_write_the_same_texts(compiled):
+    tree, generator, requests = pytree.tree_map(torch.Tensor.cuda, TREE), random.Random(1), {}
+    made = Engine(tree, CONFIG, rows=3, capacity=64, tokenizer=WORDS, drafts=3, prefix_bytes=10**9, block_size=8,
+                  compile=compiled)  # fmt: skip
+    for _ in range(12):
+        request = random_request(generator)
+        requests[made.submit(request)] = request
+    found = drained(made)
+    for number, request in requests.items():
+        check(request, found[number])
+    assert made.counts().accepted_tokens > 0
 
 
 def test_what_is_refused():
