@@ -152,6 +152,7 @@ def generate(
         mesh: how many ranks share the model.
     """
     from q3n_functional import tokenizer
+    from q3n_functional.generate import check_drafts
     from q3n_functional.generate import generate as write
     from q3n_functional.parallel import decode, launch
     from q3n_functional.parallel.mesh import Mesh, check_size
@@ -167,6 +168,7 @@ def generate(
         )  # fmt: skip
         layout, found = Mesh(tp=mesh.tp, ep=mesh.ep), model_folder(folder)
         check_size(layout, where.size)
+        check_drafts(draft_tokens, where.size)
         words, on = tokenizer.read(found / "tokenizer.json"), launch.own_device(pick_device(device), where)
         with launch.joined(where, on), launch.watched(where, lambda: "launch it again"):
             model, parallel = decode.load(found, layout, on, where)

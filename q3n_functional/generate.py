@@ -122,10 +122,7 @@ def generate(
     check(prompt, max_new_tokens, options, config)
     if chunk_length < 1:
         raise ValueError(f"chunk_length must be 1 or more, got {chunk_length}")
-    if draft_tokens < 0:
-        raise ValueError(f"draft_tokens must be 0 (none) or more, got {draft_tokens}")
-    if draft_tokens and parallel is not None:
-        raise ValueError(f"draft_tokens is {draft_tokens}, but drafts are made on one device alone: leave them out")
+    check_drafts(draft_tokens, 1 if parallel is None else parallel.world.size)
     if not max_new_tokens:
         return iter(())
     like, limit = params.embed_tokens, len(prompt) + max_new_tokens
@@ -157,6 +154,14 @@ def check(prompt: Sequence[int], max_new_tokens: int, options: Options, config: 
             f"{len(prompt)} prompt tokens and max_new_tokens {max_new_tokens} make {total}, above "
             f"max_position_embeddings {config.max_position_embeddings}: shorten one of them"
         )
+
+
+def check_drafts(draft_tokens: int, ranks: int) -> None:
+    """Raise ValueError for a number of drafts that so many ranks do not make."""
+    if draft_tokens < 0:
+        raise ValueError(f"draft_tokens must be 0 (none) or more, got {draft_tokens}")
+    if draft_tokens and ranks > 1:
+        raise ValueError(f"draft_tokens is {draft_tokens}, but {ranks} ranks make no drafts: leave them out")
 
 
 @torch.no_grad()

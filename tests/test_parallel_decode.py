@@ -1,6 +1,7 @@
 """Writing on a mesh: one device's tokens, caches that are slices of its caches; what is refused."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from q3n_functional import checkpoint, cli
 from q3n_functional.generate import generate
 from q3n_functional.parallel import decode, mesh
+from q3n_functional.parallel import launch as ranks_of
 from q3n_functional.parallel.launch import World
 from tests.configs import small
 from tests.decode_ranks import FULL, MUTATIONS, Case
@@ -59,9 +61,16 @@ def test_the_loss_of_a_rank_reaches_the_terminal(finished):
     assert re.search(r"q3n: rank 0: another rank is gone or silent \(.*\); launch it again\n", lost.stderr), lost.stderr
 
 
-def test_drafts_are_refused_on_a_mesh():
-    with pytest.raises(ValueError, match="draft_tokens is 1, but drafts are made on one device alone: leave them out"):
-        generate(None, [1], object(), config=small(), max_new_tokens=1, draft_tokens=1)
+def test_drafts_are_refused_before_weights_are_read(finished, capsys, monkeypatch):
+    monkeypatch.setattr(decode, "load", None)
+    monkeypatch.setattr(ranks_of, "world", lambda: World(0, 2, 0))
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*map(str, options(finished)), "--draft-tokens=1"])
+    said = "draft_tokens is 1, but 2 ranks make no drafts: leave them out"
+    assert capsys.readouterr().err == f"q3n: rank 0: {said}\n"
+    parallel = SimpleNamespace(world=SimpleNamespace(size=2))
+    with pytest.raises(ValueError, match=said):
+        generate(None, [1], parallel, config=small(), max_new_tokens=1, draft_tokens=1)
 
 
 @pytest.mark.parametrize(
