@@ -99,11 +99,13 @@ def test_a_layer_of_16k_tokens_has_the_eager_gradients(kind, recompute):
         return [y, *torch.autograd.grad(target, [x, *pytree.tree_leaves(p)])]
 
     names = ["y", "x", *(params.path_name(path) for path, _ in pytree.tree_flatten_with_path(tree)[0])]
-    # Both round to bf16 in places of their own. A gradient that is wrong anywhere differs by far more there.
+    # Both round to bf16 in places of their own, and a token whose tenth and eleventh expert are nearly equal then goes
+    # elsewhere (the router's gradient differs by 3e-2). A gradient that is wrong anywhere differs by far more there.
     for name, ours, theirs in zip(names, run(compiled.stages().layer), run(model.layer), strict=True):
         ours, theirs = ours.float(), theirs.float()
         assert torch.isfinite(ours).all(), name
-        assert (ours - theirs).norm() <= 2e-2 * theirs.norm(), name
+        bound = 8e-2 if name.startswith(("mlp.router", "mlp.experts", "post_attention")) else 2e-2
+        assert (ours - theirs).norm() <= bound * theirs.norm(), name
         if name in ("y", "x"):
             rows = (ours - theirs)[0].norm(dim=-1) / theirs[0].norm(dim=-1).clamp(min=1e-6)
             assert rows.max() < 0.2, (name, int(rows.argmax()))
