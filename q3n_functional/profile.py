@@ -74,6 +74,8 @@ def profile(config: TrainConfig) -> Path:
     """
     if config.mesh.size > 1:
         raise ValueError(f"mesh has {config.mesh.size} ranks: a profile is of one device, so leave mesh out")
+    if config.cuda_graph:
+        raise ValueError("cuda_graph hides what launches a kernel from the profiler: profile with --no-cuda-graph")
     device, folder = step.pick_device(config.device), Path(config.run) / "profile"
     folder.mkdir(parents=True, exist_ok=True)
     run = _step(config, device)

@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from q3n_functional import compiled, model, optim, packing
 from q3n_functional.config import Config
+from q3n_functional.cuda_graph import CapturedStep
 from q3n_functional.data import Batch
 from q3n_functional.ops.registration import wide
 from q3n_functional.parallel.placement import Parallel
@@ -26,6 +27,21 @@ logger = logging.getLogger(__name__)
 
 Loss = Callable[[Parameters, Tensor, Tensor | None, Tensor], tuple[Tensor, model.Metrics]]
 Update = Callable[[dict[str, Tensor], dict[str, Tensor], optim.State, Tensor], Tensor]
+
+
+class Inputs(NamedTuple):
+    """What changes from step to step, all on the device: nothing else may, or a CUDA graph would keep its first value.
+
+    batches: the micro-batches, the rank's rows. counts: what `count` gives for all of them. lr: fp32 scalar.
+    """
+
+    batches: tuple[Batch, ...]
+    counts: Tensor
+    lr: Tensor
+
+
+Step = Callable[[Inputs], Tensor]
+"""Moves parameters and moments; returns the loss, the norm of the gradient and `model.Metrics`, fp32 [7]."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -110,6 +126,21 @@ def functions(
         logger.info("running eagerly: %s", reason)
         return loss, update
     return compiled.compiled(loss, config.compile), torch.compile(update, fullgraph=True, dynamic=False)
+
+
+def make_step(
+    loss: Loss, update: Update, masters: Parameters, optimizer: optim.State, config: TrainConfig, shape: Config
+) -> Step:
+    """A step of training that writes `masters` and `optimizer` in place, a CUDA graph where `config` asks for one."""
+
+    def run(masters: Parameters, optimizer: optim.State, inputs: Inputs) -> Tensor:
+        params = working(masters, config, shape)
+        new, total, parts = gradients(loss, params, inputs.batches, inputs.counts)
+        del params
+        norm = update(named_leaves(masters), new, optimizer, inputs.lr)
+        return torch.stack([total, norm, *parts])
+
+    return CapturedStep(run, masters, optimizer) if config.cuda_graph else partial(run, masters, optimizer)
 
 
 def gradients(

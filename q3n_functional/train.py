@@ -23,16 +23,16 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from q3n_functional import data, float8, metrics, optim, prepare, step, tokenizer, train_state
+from q3n_functional import cuda_graph, data, float8, metrics, optim, prepare, step, tokenizer, train_state
 from q3n_functional.data import Batch
 from q3n_functional.generate import generate
+from q3n_functional.model import Metrics
 from q3n_functional.parallel import distributed_checkpoint, launch, placement, rules
 from q3n_functional.parallel.collectives import maximum
 from q3n_functional.parallel.distributed_checkpoint import Storage
 from q3n_functional.parallel.launch import World
 from q3n_functional.parallel.mesh import check_size
 from q3n_functional.parallel.placement import Parallel
-from q3n_functional.params import named_leaves
 from q3n_functional.prepare import Text
 from q3n_functional.sampling import Options
 from q3n_functional.train_config import TrainConfig
@@ -78,6 +78,8 @@ def train(config: TrainConfig) -> Path:
     device = launch.own_device(step.pick_device(config.device), where)
     if config.float8 != "none":
         float8.check_device(device)
+    if config.cuda_graph:
+        cuda_graph.check_device(device)
     with launch.joined(where, device):
         job, state, storage = _prepared(config, device, where)
         with launch.watched(where, lambda: _remedy(Path(config.run))):
@@ -106,11 +108,13 @@ def _prepared(config: TrainConfig, device: torch.device, where: World) -> tuple[
 
 def _train(job: Job, state: TrainState, storage: Storage | None) -> Path:
     run = Path(job.config.run)
-    functions = step.functions(job.config, state.model.config, job.device, job.parallel)
+    config, shape = job.config, state.model.config
+    loss, update = step.functions(config, shape, job.device, job.parallel)
+    move = step.make_step(loss, update, state.model.params, state.optimizer, config, shape)
     log = metrics.Log(run, state.step) if job.where.lead else nullcontext()
     with log as opened, train_state.Saver(run, job.config, storage) as saver, _Interrupt() as interrupt:
         with logging_redirect_tqdm():
-            state, number = _loop(job, state, functions, opened, saver, interrupt)
+            state, number = _loop(job, state, move, loss, opened, saver, interrupt)
         saver.wait()
         folder = run / f"step-{state.step}"
         if folder not in train_state.complete(run):
@@ -151,7 +155,8 @@ class _Interrupt:
 def _loop(
     job: Job,
     state: TrainState,
-    functions: tuple[step.Loss, step.Update],
+    move: step.Step,
+    loss: step.Loss,
     log: metrics.Log | None,
     saver: train_state.Saver,
     interrupt: _Interrupt,
@@ -163,11 +168,11 @@ def _loop(
         total=config.steps, initial=state.step, unit="step", dynamic_ncols=True, mininterval=pace, disable=log is None
     ) as bar:
         while state.step < config.steps and not number:
-            values, number = _step(job, state, functions, interrupt)
+            values, number = _step(job, state, move, interrupt)
             _check_finite(job, state, values)
             state = state._replace(step=state.step + 1)
             if _due(config.output.validate_every, state.step) or state.step == config.steps:
-                values |= _validation(job, state, functions[0])
+                values |= _validation(job, state, loss)
             if log:
                 log.write(state.step, values)
             bar.set_postfix({name: f"{values[name]:.4g}" for name in SHOWN if name in values}, refresh=False)
@@ -184,25 +189,19 @@ def _due(every: int, done: int) -> bool:
     return every > 0 and done % every == 0
 
 
-def _step(
-    job: Job, state: TrainState, functions: tuple[step.Loss, step.Update], interrupt: _Interrupt
-) -> tuple[dict[str, float], int]:
+def _step(job: Job, state: TrainState, move: step.Step, interrupt: _Interrupt) -> tuple[dict[str, float], int]:
     """One update, in place; what is known about it as numbers, and that of a signal which any rank has got."""
     config, device, begin = job.config, job.device, time.perf_counter()
     whole = [data.batch(job.text.training, i, config.seed) for i in _indices(config, state.step)]
-    params = step.working(state.model.params, config, state.model.config)
-    counts = step.count(whole).to(device)
-    gradients, total, parts = step.gradients(functions[0], params, [_own(batch, job) for batch in whole], counts)
-    del params
     lr = optim.learning_rate(state.step, config.steps, config.optimizer)
-    lr_now = torch.tensor(lr, device=device)
-    norm = functions[1](named_leaves(state.model.params), gradients, state.optimizer, lr_now)
+    batches = tuple(_own(batch, job) for batch in whole)
+    found = move(step.Inputs(batches, step.count(whole).to(device), torch.tensor(lr, device=device)))
     # Ranks that stopped after different steps would wait for each other for ever.
     stop = torch.tensor(float(interrupt.number), device=device)
     stop = stop if job.parallel is None else maximum(stop, job.parallel.world)
     # One transfer a step: each would wait for the device.
-    *numbers, number = torch.stack([total, norm, *parts, stop]).tolist()
-    values = dict(zip(("loss", "grad_norm", *parts._fields), numbers, strict=True))
+    *numbers, number = torch.cat([found, stop[None]]).tolist()
+    values = dict(zip(("loss", "grad_norm", *Metrics._fields), numbers, strict=True))
     if job.text.bytes_per_token[0]:
         values["bits_per_byte"] = values["cross_entropy"] / math.log(2) / job.text.bytes_per_token[0]
     tokens, seconds = sum(batch.tokens_BT.numel() for batch in whole), time.perf_counter() - begin

@@ -94,6 +94,8 @@ class TrainConfig:
     float8: Float8 = "none"
     """linears: products with the matrices of attention, linear attention, dense layers and shared experts in float8,
     forward and backward; routers, routed experts, gates, embedding and head stay in dtype, which must be bfloat16."""
+    cuda_graph: bool = False
+    """Every step from the third on is launched as one CUDA graph, on one device: for steps that wait for the host."""
     z_loss_coef: float = 0.0
     timeout: float = 600.0
     """Seconds after which ranks that wait for a silent one end the job; compiling is silent too."""
@@ -104,7 +106,7 @@ class TrainConfig:
     model: Config
 
 
-FREE_ON_RESUME = ("run", "resume", "device", "compile", "timeout", "output", "mesh")
+FREE_ON_RESUME = ("run", "resume", "device", "compile", "cuda_graph", "timeout", "output", "mesh")
 """Keys that a resumed run may change, because the training does not depend on them."""
 
 
@@ -219,6 +221,12 @@ def _check(c: TrainConfig) -> None:
         raise ValueError(f"seed is {c.seed}, it must be below 2**32")
     if c.float8 != "none" and c.dtype != "bfloat16":
         raise ValueError(f"float8 is {c.float8!r} with dtype {c.dtype!r}: it is between bfloat16 tensors, so set that")
+    if c.cuda_graph and c.dtype == "float32":
+        raise ValueError("cuda_graph with dtype 'float32': fp32 attention waits for the device, so compute in bfloat16")
+    if c.cuda_graph and c.mesh.size > 1:
+        raise ValueError(
+            f"cuda_graph with a mesh of {c.mesh.size} ranks: what ranks send is not recorded, so leave it out"
+        )
     if c.float8 != "none" and c.mesh.size > 1:
         raise ValueError(f"float8 is {c.float8!r} with a mesh of {c.mesh.size} ranks: it is for one device, set none")
     check(c.mesh, c.model)

@@ -187,6 +187,7 @@ def test_options_of_train(capsys):
 --compile default: layers
 --recompute default: none
 --float8 default: none
+--cuda-graph default: False
 --z-loss-coef default: 0.0
 --timeout default: 600.0
 --data.source required
