@@ -310,7 +310,7 @@ class Engine:
         """Put the row's cache into the store where a block ends."""
         if self.prefix_bytes and row.read % self.block_size == 0:
             one = pytree.tree_map(lambda leaf: leaf[number : number + 1], _cache_of(self._state))
-            self._store = prefix.put(self._store, self._keys(row.tokens)[: row.read], one)
+            self._store = prefix.put(self._store, self._keys(row.tokens[: row.read + 1]), one)
 
     def _taken(self, runs: Mapping[int, Run]) -> list[Event]:
         """The events of what the rows have drawn."""

@@ -44,7 +44,7 @@ def test_random_joins_leaves_and_cancels(drafts, prefix_bytes):
     visited(made, random.Random(drafts), random_request)
     counts = made.counts()
     assert (counts.reused_tokens > 0) == (prefix_bytes > 0)
-    assert 0.05 < counts.accepted_tokens / counts.drafted_tokens < 0.7
+    assert 40 < counts.accepted_tokens < 0.7 * counts.drafted_tokens
 
 
 class Checked(Engine):
@@ -65,7 +65,7 @@ def test_drafts_are_those_of_the_request_alone():
         made.submit(dataclasses.replace(random_request(generator), stop=(), stop_tokens=()))
     drained(made)
     assert made.counts().drafted_tokens > 3 * 40
-    assert made.counts().reused_tokens > 40
+    assert made.counts().reused_tokens > 30
 
 
 def test_the_store_knows_the_token_behind_a_block():
@@ -107,7 +107,7 @@ def test_runs_end_with_blocks_that_are_kept():
     assert runs(made) == [1 + 2, 4, 4, 4, 4, 1]
 
 
-@pytest.mark.parametrize("stop", [("e",), ("ab", "b"), ("c0", "é"), ("zzz",)])
+@pytest.mark.parametrize("stop", [("e",), ("ab", "ba", "d"), ("c", "é"), ("zzz",)])
 def test_a_stop_string_within_a_run_cuts_it(stop):
     made, requests = engine(drafts=4, max_queue=99), {}
     for seed in range(8):
