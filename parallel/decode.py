@@ -65,10 +65,14 @@ def own_heads(config: Config, parallel: Parallel | None) -> Config:
     """A model with the rank's heads alone, so that `cache.empty(own_heads(config, parallel), ...)` is the rank's cache.
 
     Query heads, of which a cache knows nothing, are all there. Fewer key/value heads than ranks: each rank has the one
-    that its query heads read.
+    that its query heads read. Raises ValueError for the `Parallel` of a training.
     """
     if parallel is None:
         return config
+    if parallel.mesh.sequence or parallel.tokens.size > 1:
+        raise ValueError(
+            "parallel shares out tokens, as for training: make it with q3n_functional.parallel.decode.connect"
+        )
     # At least one, also where the model has no layers with such heads.
     heads = max(config.num_key_value_heads // parallel.tp.size, 1)
     keys = max(config.linear_num_key_heads // parallel.tp.size, 1)

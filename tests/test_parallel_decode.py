@@ -5,24 +5,30 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from q3n_functional import cache as caches
 from q3n_functional import checkpoint, cli
+from q3n_functional.decode import step, waiting
 from q3n_functional.generate import generate
-from q3n_functional.parallel import decode, mesh
+from q3n_functional.parallel import decode, mesh, rules
 from q3n_functional.parallel import launch as ranks_of
+from q3n_functional.parallel.collectives import Axis
 from q3n_functional.parallel.launch import World
-from tests.configs import small
-from tests.decode_ranks import FULL, MUTATIONS, Case
+from q3n_functional.sampling import Options
+from tests.configs import perturbed, small
+from tests.decode_ranks import FULL, LINEAR, MUTATIONS, Case
 from tests.parallel_ranks import launch
 from tests.runs import torchrun
 
 MODULE = "tests.decode_ranks"
 TWO = [
     Case("tp=2"),
-    Case("ep=2"),
     Case("tp=2", {"num_experts": 0, "intermediate_size": 24, "tie_word_embeddings": True}),
     Case("tp=2", compiled=True),
-    Case("ep=2", compiled=True),
+    Case("ep=2", {"num_hidden_layers": 1, "layer_types": [FULL]}, compiled=True),
 ]
 # Three value heads to a key head, half as many key/value heads as ranks.
 MANY_HEADS = {"linear_num_key_heads": 4, "linear_num_value_heads": 12}
@@ -42,6 +48,23 @@ def test_a_mesh_writes_what_one_device_writes(ranks, cases):
     errors = launch(ranks, cases, module=MODULE)
     wrong = {str(case): value for case, value in zip(cases, errors, strict=True) if not value < 1e-10}
     assert wrong.keys() == {str(case) for case in cases if case.mutation}, wrong
+
+
+def test_collectives_of_a_step():
+    """Every block and the embedding are summed over tp, experts over ep; logits are gathered, and agreed on over ep."""
+    config = small(num_hidden_layers=2, layer_types=(LINEAR, FULL))
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=4)
+    try:
+        parallel = decode.connect(mesh.parse("ep=2,tp=2"), config, torch.device("cpu"))
+        shards = rules.shard(perturbed(config), parallel.layouts, parallel.mesh.coordinates(1))
+        cache = caches.empty(decode.own_heads(config, parallel), 1, 2, torch.float32)
+        running = waiting(cache, [[5]], [Options()], [()], [2], config=config)
+        with CommDebugMode() as counted:
+            step(shards, running, parallel, config=config)
+    finally:
+        dist.destroy_process_group()
+    counts = {kind.__name__: number for kind, number in counted.get_comm_counts().items()}
+    assert counts == {"all_reduce": 2 * 3 + 2, "all_gather_into_tensor": 1}
 
 
 def options(folder):
@@ -68,9 +91,16 @@ def test_drafts_are_refused_before_weights_are_read(finished, capsys, monkeypatc
         cli.main([*map(str, options(finished)), "--draft-tokens=1"])
     said = "draft_tokens is 1, but 2 ranks make no drafts: leave them out"
     assert capsys.readouterr().err == f"q3n: rank 0: {said}\n"
-    parallel = SimpleNamespace(world=SimpleNamespace(size=2))
+    parallel = SimpleNamespace(world=Axis(2, "", None))
     with pytest.raises(ValueError, match=said):
         generate(None, [1], parallel, config=small(), max_new_tokens=1, draft_tokens=1)
+
+
+def test_the_ranks_of_a_training_are_refused():
+    for layout, tokens in ((mesh.Mesh(tp=2), 1), (mesh.Mesh(ep=2, sequence=False), 2)):
+        parallel = SimpleNamespace(mesh=layout, tokens=Axis(tokens, "", None))
+        with pytest.raises(ValueError, match=r"parallel shares out tokens, as for training: make it with q3n"):
+            decode.own_heads(small(), parallel)
 
 
 @pytest.mark.parametrize(
