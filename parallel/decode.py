@@ -19,9 +19,10 @@ from q3n_functional.config import Config
 from q3n_functional.parallel.collectives import Axis
 from q3n_functional.parallel.launch import World, together
 from q3n_functional.parallel.mesh import Mesh, check_size
-from q3n_functional.parallel.placement import Parallel
+from q3n_functional.parallel.placement import Parallel, own_groups
 from q3n_functional.parallel.placement import connect as connect_training
 from q3n_functional.parallel.rules import layouts
+from q3n_functional.params import DecoderLayer, FullAttention, Parameters
 
 
 def check(mesh: Mesh) -> None:
@@ -58,7 +59,25 @@ def load(
     check(mesh)
     check_size(mesh, where.size)
     model = together(lambda: checkpoint.load(folder, dtype, device, mesh, where.rank))
-    return model, connect(mesh, model.config, device) if where.size > 1 else None
+    if where.size == 1:
+        return model, None
+    parallel = connect(mesh, model.config, device)
+    return model._replace(params=only_own_heads(model.params, parallel, config=model.config)), parallel
+
+
+def only_own_heads(params: Parameters, parallel: Parallel, *, config: Config) -> Parameters:
+    """The rank's parameters without the key/value heads that others read: a step then need not pick its own.
+
+    They differ where there are fewer of these heads than ranks, which all have them as training does.
+    """
+
+    def cut(layer: DecoderLayer) -> DecoderLayer:
+        if not isinstance(layer.mixer, FullAttention):
+            return layer
+        k, v = (own_groups(w, config, parallel) for w in (layer.mixer.k, layer.mixer.v))
+        return layer._replace(mixer=layer.mixer._replace(k=k, v=v))
+
+    return params._replace(layers=tuple(map(cut, params.layers)))
 
 
 def own_heads(config: Config, parallel: Parallel | None) -> Config:

@@ -20,6 +20,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.nn.functional import embedding, linear
 
+from q3n_functional.config import Config
 from q3n_functional.ops import linear_cross_entropy
 from q3n_functional.ops.linear_cross_entropy import Sums
 from q3n_functional.ops.registration import wide
@@ -194,11 +195,12 @@ def total_norm(gradients: Mapping[str, Tensor], parallel: Parallel | None) -> Te
     return all_reduce(torch.stack(squares).sum(), parallel.world).sqrt()
 
 
-def own_groups(weight_GD: Tensor, groups: int, parallel: Parallel | None) -> Tensor:
-    """The rows of the key/value heads that the rank's query heads read; all rows that it has where tp cuts them."""
-    if parallel is None or groups % parallel.tp.size == 0:
+def own_groups(weight_GD: Tensor, config: Config, parallel: Parallel | None) -> Tensor:
+    """The rows of the key/value heads that the rank's query heads read; all rows where it has no others."""
+    groups, head_dim = config.num_key_value_heads, config.head_dim
+    if parallel is None or weight_GD.shape[0] == max(groups // parallel.tp.size, 1) * head_dim:
         return weight_GD
     # Fewer heads than ranks: several ranks read the same one.
     head = parallel.tp.rank // (parallel.tp.size // groups)
-    weight_GKD: Tensor = weight_GD.unflatten(0, (groups, weight_GD.shape[0] // groups))
+    weight_GKD: Tensor = weight_GD.unflatten(0, (groups, head_dim))
     return weight_GKD.index_select(0, head)[0]

@@ -228,7 +228,7 @@ def gated_attention(
 
     `state` holds the keys and values of earlier tokens; the result's holds these tokens' too.
     """
-    k_GD, v_GD = (own_groups(w, config.num_key_value_heads, context.parallel) for w in (p.k, p.v))
+    k_GD, v_GD = (own_groups(w, config, context.parallel) for w in (p.k, p.v))
     projected = [projection(x_BTD, w, context.float8) for w in (p.q, p.gate, k_GD, v_GD)]
     q_BTHK, gate_BTHK, k_BTGK, v_BTGK = (_heads(x, config.head_dim) for x in projected)
     q_BTHK = _rotated(q_BTHK, p.q_norm, context, config)

@@ -20,7 +20,7 @@ from q3n_functional.config import Config
 from q3n_functional.generate import generate, pieces, prefill
 from q3n_functional.parallel import decode as on_mesh
 from q3n_functional.parallel import expert, mesh, placement, rules
-from q3n_functional.params import Parameters
+from q3n_functional.params import FullAttention, Parameters
 from q3n_functional.sampling import Options
 from tests.configs import perturbed, slower, small
 from tests.parallel_ranks import UNCHANGED, main
@@ -112,7 +112,9 @@ def error(case: Case) -> float:
     layout = mesh.parse(case.mesh)
     at = layout.coordinates(dist.get_rank())
     parallel = on_mesh.connect(layout, config, torch.device("cpu"))
-    shards = rules.shard(tree, parallel.layouts, at)
+    shards = on_mesh.only_own_heads(rules.shard(tree, parallel.layouts, at), parallel, config=config)
+    rows = on_mesh.own_heads(config, parallel).num_key_value_heads * config.head_dim
+    assert all(len(p.mixer.k) == rows for p in shards.layers if isinstance(p.mixer, FullAttention))
     undo = MUTATIONS[case.mutation]() if case.mutation else lambda: None
     expert.FEW = case.few
     actual = written(config, shards, parallel, case.compiled)
