@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import operator
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional
+
+from q3n_functional.ops.registration import transform_is_active
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +64,8 @@ def projection(x: Tensor, w_NK: Tensor, float8: Float8) -> Tensor:
 
     Raises ValueError for other dtypes.
     """
-    if float8 == "none" or not _fits(*w_NK.shape):
+    # A graph of any sizes is of one matrix all the same: `index` makes a number of what Dynamo has for its sizes.
+    if float8 == "none" or not _fits(*map(operator.index, w_NK.shape)):
         return functional.linear(x, w_NK)
     if x.dtype != torch.bfloat16 or w_NK.dtype != torch.bfloat16:
         raise ValueError(f"float8 products are of bfloat16 tensors, got {x.dtype} and {w_NK.dtype}: set bfloat16")
@@ -101,9 +105,17 @@ class _Product(torch.autograd.Function):
         return dx_MK, _multiplied(_transposed(dy), _transposed(_scaled(_padded(x_MK), E4M3)))
 
 
-# Under torch.func.grad Dynamo would trace `forward` alone and lose the gradient. AOTAutograd still sees the operators.
+# Under torch.func.grad Dynamo would trace `forward` alone and lose the gradient: it must not look inside.
 torch.compiler.allow_in_graph(_Product)
-_product: Callable[[Tensor, Tensor], Tensor] = _Product.apply
+# A graph with an autograd.Function is never found in AOTAutograd's cache. An operator that is only a name for one is.
+_library = torch.library.Library("q3n", "FRAGMENT")
+_library.define("float8_product(Tensor x, Tensor w) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+_library.impl("float8_product", _Product.apply, "CompositeImplicitAutograd")
+
+
+def _product(x_MK: Tensor, w_NK: Tensor) -> Tensor:
+    product: Callable[[Tensor, Tensor], Tensor] = _Product.apply
+    return product(x_MK, w_NK) if transform_is_active() else torch.ops.q3n.float8_product(x_MK, w_NK)
 
 
 def _scaled(x: Tensor, dtype: torch.dtype) -> _Scaled:

@@ -226,6 +226,7 @@ q3n::causal_conv(Tensor x, Tensor weight, Tensor? initial_state, Tensor? cu_seql
     Tensor)
 q3n::causal_conv_backward(Tensor? dy, Tensor? dfinal_state, Tensor x, Tensor weight, Tensor? initial_state,
     Tensor? cu_seqlens, str impl) -> (Tensor, Tensor, Tensor)
+q3n::float8_product(Tensor x, Tensor w) -> Tensor
 q3n::gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias,
     Tensor? initial_state, Tensor? cu_seqlens, float scale, bool qk_l2norm, float beta_scale, int chunk_size,
     str impl) -> (Tensor, Tensor, Tensor, Tensor)
