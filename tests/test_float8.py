@@ -65,7 +65,7 @@ def test_a_scale_left_out_is_noticed(monkeypatch):
     monkeypatch.setattr(float8, "_scaled", lambda x, kind: scaled(x, kind)._replace(scale=torch.ones(())))
     assert min(emulation for emulation, _ in differences()) > 1
     monkeypatch.setattr(float8, "_scaled", lambda x, kind: float8._Scaled(x.to(kind), torch.ones(())))
-    assert max(emulation for emulation, _ in differences()) > 0.1
+    assert not all(emulation < 0.1 for emulation, _ in differences())  # NaN where the conversion does not saturate
 
 
 def test_zeros_stay_zeros_and_nan_shows():
