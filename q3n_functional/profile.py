@@ -77,6 +77,7 @@ def profile(config: TrainConfig) -> Path:
     if config.cuda_graph:
         raise ValueError("cuda_graph hides what launches a kernel from the profiler: profile with --no-cuda-graph")
     device, folder = step.pick_device(config.device), Path(config.run) / "profile"
+    step.check_device(config, device)
     folder.mkdir(parents=True, exist_ok=True)
     run = _step(config, device)
     # Inductor's CPU code names its kernels to the profiler only when asked; on CUDA kernels have names.

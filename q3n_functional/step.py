@@ -14,9 +14,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from q3n_functional import compiled, model, optim, packing
+from q3n_functional import compiled, cuda_graph, float8, model, optim, packing
 from q3n_functional.config import Config
-from q3n_functional.cuda_graph import CapturedStep
 from q3n_functional.data import Batch
 from q3n_functional.ops.registration import wide
 from q3n_functional.parallel.placement import Parallel
@@ -53,6 +52,14 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {name!r}, but torch sees no CUDA card here: use auto or cpu")
     return device
+
+
+def check_device(config: TrainConfig, device: torch.device) -> None:
+    """Raise ValueError where `config` asks for what `device` cannot do."""
+    if config.float8 != "none":
+        float8.check_device(device)
+    if config.cuda_graph:
+        cuda_graph.check_device(device)
 
 
 def missing_compiler(device: torch.device) -> str | None:
@@ -140,7 +147,7 @@ def make_step(
         norm = update(named_leaves(masters), new, optimizer, inputs.lr)
         return torch.stack([total, norm, *parts])
 
-    return CapturedStep(run, masters, optimizer) if config.cuda_graph else partial(run, masters, optimizer)
+    return cuda_graph.CapturedStep(run, masters, optimizer) if config.cuda_graph else partial(run, masters, optimizer)
 
 
 def gradients(

@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from q3n_functional import cuda_graph, data, float8, metrics, optim, prepare, step, tokenizer, train_state
+from q3n_functional import data, metrics, optim, prepare, step, tokenizer, train_state
 from q3n_functional.data import Batch
 from q3n_functional.generate import generate
 from q3n_functional.model import Metrics
@@ -76,10 +76,7 @@ def train(config: TrainConfig) -> Path:
     if launch.restarted():
         config = dataclasses.replace(config, resume=True)
     device = launch.own_device(step.pick_device(config.device), where)
-    if config.float8 != "none":
-        float8.check_device(device)
-    if config.cuda_graph:
-        cuda_graph.check_device(device)
+    step.check_device(config, device)
     with launch.joined(where, device):
         job, state, storage = _prepared(config, device, where)
         with launch.watched(where, lambda: _remedy(Path(config.run))):

@@ -30,6 +30,11 @@ def test_a_profile_of_a_small_model(tmp_path, caplog):
     assert len(lines) == len(found) + 2
 
 
+def test_a_graph_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="profile with --no-cuda-graph"):
+        profile.profile(runs.config(tmp_path, "--dtype=bfloat16", "--cuda-graph"))
+
+
 def event(name, parent=None, micros=1000.0, shapes=(), kernels=()):
     return SimpleNamespace(
         name=name, cpu_parent=parent, self_cpu_time_total=micros, input_shapes=list(shapes),
