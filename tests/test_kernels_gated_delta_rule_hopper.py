@@ -102,7 +102,8 @@ def test_matches_the_plain_kernels(monkeypatch, options):
         h, dh = (torch.empty(p.num_chunks, *do.shape[2:3], 128, 128, dtype=do.dtype, device=do.device) for _ in "ab")
         module._launch_scan(p, config, gates, Y, P, scalars[0], initial, final, o, None)
         module._launch_scan(p, config, gates, Y, None, scalars[0], initial, None, U, h)
-        module._launch_reverse_scan(p, config, module._flat(do), gates, Y, P, scalars[0], d_final, d_initial, Z, dh)
+        grad = module._flat(do)
+        module._launch_reverse_scan(p, config, grad, gates, Y, P, scalars[0], d_final, d_initial, Z, dh, False)
         found[name] = {"o": o, "final": final, "U": U, "h": h, "Z": Z, "dh": dh, "d_initial": d_initial}
         monkeypatch.setattr(hopper(), "serves", lambda *args: False)
     for name, x in found["hopper"].items():

@@ -573,7 +573,7 @@ def _key_gradient(
     q, k, start, length, rows, chunk, hk, do, u, z, h, dh, gates, sums, dv, scale,
     q_token, k_token, do_token, do_head,
     HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, SLICES: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
+    C: tl.constexpr, SLICES: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one chunk and key head, dbeta, and what dK adds to the gradient of c."""
     NV: tl.constexpr = (V + BV - 1) // BV
@@ -597,7 +597,8 @@ def _key_gradient(
         state = tile * (K * V) + v0
         inside = (k_rows < K)[:, None] & (v0 + cols < V)[None, :] & (length > 0)
         Z = _rows(z + hv * V + v0, start, HV * V, V - v0, length, z, 0, C, BV, False, True, False)
-        _store_rows(dv + hv * V + v0, start, HV * V, V - v0, rows, b[:, None] * Z.to(tl.float32), C, BV, False, True)
+        b_z = tl.full([C], 1.0, tl.float32) if SCALED else b
+        _store_rows(dv + hv * V + v0, start, HV * V, V - v0, rows, b_z[:, None] * Z.to(tl.float32), C, BV, False, True)
         U = _rows(u + hv * V + v0, start, HV * V, V - v0, length, u, 0, C, BV, False, True, False)
         at = sums + (tile * SLICES + turn % NV) * (3 * C) + r
         tl.store(at + 2 * C, tl.sum(U.to(tl.float32) * Z.to(tl.float32), 1))
@@ -605,8 +606,8 @@ def _key_gradient(
         # X below the diagonal, its transpose above it.
         X = tl.where(i > j, tl.dot(Z, tl.trans(U), input_precision=DOT), 0.0)
         X = tl.where(i >= j, X, tl.dot(U, tl.trans(Z), input_precision=DOT))
-        X *= tl.exp2(tl.where(i >= j, c[:, None] - c[None, :], c[None, :] - c[:, None])) * b[:, None]
-        X *= (-b * r_k)[None, :]
+        X *= tl.exp2(tl.where(i >= j, c[:, None] - c[None, :], c[None, :] - c[:, None]))
+        X *= tl.where(i >= j, b_z[:, None] * b[None, :], b[:, None] * b_z[None, :]) * -r_k[None, :]
         dK = tl.dot(X.to(kk.dtype), kk, acc=dK, input_precision=DOT)
         pair = tl.dot(kk, tl.trans(kk), input_precision=DOT) * tl.where(i > j, X, 0.0) * r_k[:, None]
         d_c = tl.sum(pair, 1) - tl.sum(pair, 0)
@@ -619,7 +620,7 @@ def _key_gradient(
         S = tl.load(h + state + (k_rows[:, None] * V + cols[None, :]), mask=inside, other=0.0)
         dS = tl.load(dh + state + (k_rows[:, None] * V + cols[None, :]), mask=inside, other=0.0)
         d_last = tl.exp2(last) * tl.sum(tl.sum(S.to(tl.float32) * dS.to(tl.float32), 1), 0)
-        x = tl.dot(Z, tl.trans(S), input_precision=DOT) * (tl.exp2(c) * b)[:, None]
+        x = tl.dot(Z, tl.trans(S), input_precision=DOT) * (tl.exp2(c) * b_z)[:, None]
         d_c -= tl.sum(x * kk.to(tl.float32), 1) * r_k
         dK -= x
         x = tl.dot(U, tl.trans(dS), input_precision=DOT) * (tl.exp2(last - c) * b)[:, None]
@@ -636,12 +637,12 @@ def _gradient_kernel(
     q_token, q_head, k_token, k_head, do_token, do_head,
     HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, DOCUMENTS: tl.constexpr, NORMALISE: tl.constexpr, DOT: tl.constexpr, SIDE: tl.constexpr,
-    SLICES: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr,
+    SLICES: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """dQ (SIDE 0), or dK and dV (SIDE 1), of one chunk and key head, over its value heads in turn.
 
     Two launches, because the registers of one program do not hold both sums. dv may be z's own memory. WHOLE False
-    leaves out the chunks that have all their rows.
+    leaves out the chunks that have all their rows. SCALED: z holds beta Z.
     """
     pid = tl.program_id(0)
     hk = pid % HK
@@ -664,7 +665,7 @@ def _gradient_kernel(
     else:
         dK = _key_gradient(q, k, start, length, rows, chunk, hk, do, u, z, h, dh, gates, sums, dv, scale,
                            q_token, k_token, do_token, do_head, HK, HV, K, V, BK, BV, C, SLICES, DOT,
-                           STAGES)  # fmt: skip
+                           STAGES, SCALED)  # fmt: skip
         kk = _rows(k, start, k_token, K, length, k, 0, C, BK, False, True, False)
         dK = _normalised_gradient(dK, kk, tl.load(r_k), NORMALISE)
         _store_rows(dk + hk * K, start, HK * K, K, rows, dK, C, BK, False, True)
@@ -675,7 +676,7 @@ def _gate_gradient_kernel(
     g, beta, A_log, dt_bias, table, sums, dg, dbeta, d_gate, T, num_chunks, beta_scale,
     g_token, g_head, beta_token, beta_head,
     HV: tl.constexpr, SLICES_Q: tl.constexpr, SLICES_K: tl.constexpr, C: tl.constexpr, DOCUMENTS: tl.constexpr,
-    ACTIVATE: tl.constexpr, SIGMOID: tl.constexpr,
+    ACTIVATE: tl.constexpr, SIGMOID: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of g and beta of one chunk and value head, and the chunk's share of those of A_log and dt_bias."""
     pid = tl.program_id(0)
@@ -699,6 +700,8 @@ def _gate_gradient_kernel(
     y = tl.load(beta + t * beta_token + hv * beta_head, mask=valid, other=0.0).to(tl.float32)
     decay, slope = _log_decay(x, A_log, dt_bias, hv, ACTIVATE)
     _, beta_slope = _step_size(y, beta_scale, SIGMOID)
+    if SCALED:  # the sums are those of beta Z
+        beta_slope = 1 / (1 + tl.exp(y))
     d_g = tl.where(valid, d_decay * slope, 0.0)
     d_beta = tl.where(valid, d_beta * beta_slope, 0.0)
     tl.store(dg + t * HV + hv, d_g.to(dg.dtype.element_ty), mask=r < rows)
@@ -905,10 +908,11 @@ def _launch_scan(
 
 def _launch_reverse_scan(
     p: Problem, config: Config, grad: Tensor, gates: Tensor, Y: Tensor, P: Tensor | None, scale: float,
-    d_final: Tensor | None, d_initial: Tensor, z: Tensor, dh: Tensor,
+    d_final: Tensor | None, d_initial: Tensor, z: Tensor, dh: Tensor, scaled: bool,
 ) -> None:  # fmt: skip
+    """Write z (beta Z where that is to be scaled: Hopper's kernel can), dh and, where it is not empty, d_initial."""
     if hopper.serves(p, grad):
-        hopper.launch_reverse_scan(p, grad, gates, Y, scale, d_final, d_initial, z, dh)
+        hopper.launch_reverse_scan(p, grad, gates, Y, scale, d_final, d_initial, z, dh, scaled)
         return
     dot = _dot_precision(p.q.dtype)
     descriptors = _descriptors(p, grad, z, dh, Y, P, config)
@@ -995,7 +999,7 @@ def _output_scan(
 
 def _gradient_scans(
     p: Problem, grad: Tensor, gates: Tensor, Y: Tensor, P: Tensor | None, scale: float, initial: Tensor | None,
-    d_final: Tensor | None, d_initial: Tensor, U: Tensor, h: Tensor, z: Tensor, dh: Tensor,
+    d_final: Tensor | None, d_initial: Tensor, U: Tensor, h: Tensor, z: Tensor, dh: Tensor, scaled: bool,
 ) -> None:  # fmt: skip
     """Write U, h, z, dh and, where it is not empty, d_initial."""
     # Neither scan needs the other. Where both fit on the card they run side by side, in wide slices.
@@ -1003,14 +1007,14 @@ def _gradient_scans(
     fits = p.q.element_size() == 2 and p.constants["BK"] <= 128 and 0 < 2 * _tiles(p, wide) <= NUM_SMS
     if not (p.q.is_cuda and fits):
         config = _scan_config(p)
-        _launch_reverse_scan(p, config, grad, gates, Y, P, scale, d_final, d_initial, z, dh)
+        _launch_reverse_scan(p, config, grad, gates, Y, P, scale, d_final, d_initial, z, dh, scaled)
         _launch_scan(p, config, gates, Y, None, scale, initial, None, U, h)
         return
     main, other = torch.cuda.current_stream(p.q.device), torch.cuda.Stream(p.q.device)
     other.wait_stream(main)
     with torch.cuda.stream(other):
         _launch_scan(p, wide, gates, Y, None, scale, initial, None, U, h)
-    _launch_reverse_scan(p, wide, grad, gates, Y, P, scale, d_final, d_initial, z, dh)
+    _launch_reverse_scan(p, wide, grad, gates, Y, P, scale, d_final, d_initial, z, dh, scaled)
     main.wait_stream(other)
 
 
@@ -1086,6 +1090,7 @@ def backward(
     dot = _dot_precision(v.dtype)
 
     fast = hopper.serves(p, p.v, grad)
+    scaled = fast and beta_scale != 0  # Z holds dV then; a beta given as such may be zero, and dbeta needs Z
     P = None if fast else torch.empty_like(Y)
     if P is not None:
         _launch_chunks(p, A_log, dt_bias, gates, Y, P, None, scale, qk_l2norm, beta_scale, False)
@@ -1095,7 +1100,7 @@ def backward(
     d_final = None if dfinal_state is None else dfinal_state.contiguous()
     h = torch.empty_like(dh)
     U = torch.empty_like(dv)
-    _gradient_scans(p, grad, gates, Y, P, scale, initial, d_final, d_initial, U, h, dv, dh)
+    _gradient_scans(p, grad, gates, Y, P, scale, initial, d_final, d_initial, U, h, dv, dh, scaled)
     del P
 
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -1109,19 +1114,19 @@ def backward(
     d_gate = torch.empty(2, heads, p.num_chunks if activate else 0, dtype=torch.float32, device=q.device)
     if p.num_chunks:
         if fast:
-            launch_gradients(p, grad, U, dv, h, dh, gates, dq, dk, dv, sums, scale, qk_l2norm)
+            launch_gradients(p, grad, U, dv, h, dh, gates, dq, dk, dv, sums, scale, qk_l2norm, scaled)
         partial_chunks = p.cu is not None or p.length % chunk_size > 0
         for side, config in enumerate(configs if partial_chunks or not fast else ()):
             _gradient_kernel[(p.num_chunks * constants["HK"],)](
                 p.q, p.k, grad, U, dv, h, dh, gates, p.table, dq, dk, dv, sums, p.length, scale,
                 *p.q.stride()[:2], *p.k.stride()[:2], *grad.stride()[:2], **constants, BV=config.BV,
                 NORMALISE=qk_l2norm, DOT=dot, SIDE=side, SLICES=max(slices), STAGES=config.stages, WHOLE=not fast,
-                num_warps=config.warps,
+                SCALED=scaled, num_warps=config.warps,
             )  # fmt: skip
         _gate_gradient_kernel[(p.num_chunks * heads,)](
             p.g, p.beta, A_log, dt_bias, p.table, sums, dg, dbeta, d_gate, p.length, p.num_chunks, beta_scale,
             *p.g.stride(), *p.beta.stride(), HV=heads, SLICES_Q=slices[0], SLICES_K=slices[1], C=chunk_size,
-            DOCUMENTS=p.cu is not None, ACTIVATE=activate, SIGMOID=beta_scale != 0, num_warps=1,
+            DOCUMENTS=p.cu is not None, ACTIVATE=activate, SIGMOID=beta_scale != 0, SCALED=scaled, num_warps=1,
         )  # fmt: skip
     dA_log, ddt_bias = d_gate.sum(-1) if activate else (q.new_empty(0), q.new_empty(0))
     if A_log is not None and dt_bias is not None:

@@ -407,8 +407,8 @@ def _scan_kernel(
 def _reverse_scan_consumer(
     n, length, row, tile, tiles, v_col, z_tma, dh_tma, d_final, d_initial, z,
     k0, k1, q0, q1, ds, ys, ps, xs, outs, h0, h1, full, empty, ready,
-    BV: gl.constexpr, STRIDE: gl.constexpr, FINAL: gl.constexpr, INITIAL: gl.constexpr, STAGES: gl.constexpr,
-    WARPS: gl.constexpr,
+    BV: gl.constexpr, STRIDE: gl.constexpr, FINAL: gl.constexpr, INITIAL: gl.constexpr, SCALED: gl.constexpr,
+    STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """As _scan_consumer, from the last chunk to the first; S is the gradient of the state here."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 64, 16])
@@ -473,7 +473,7 @@ def _reverse_scan_consumer(
         A = gl.convert_layout((rate[None, :] * Z).to(dtype), left)
         S0 = warpgroup_mma(A, kk0, S0, is_async=True)
         S1 = warpgroup_mma(A, kk1, S1, is_async=True)
-        out = _narrow(Z, dtype)
+        out = _narrow(Z * beta[None, :] if SCALED else Z, dtype)
         fence_async_shared()
         barrier()
         # A tail's Z is stored below.
@@ -513,9 +513,12 @@ def _reverse_scan_consumer(
 def _reverse_scan_kernel(
     q_tma, k_tma, do_tma, Y_tma, gates_tma, z_tma, dh_tma, d_final, d_initial, z, cu, first_chunk, T, scale,
     HK: gl.constexpr, HV: gl.constexpr, BV: gl.constexpr, DOCUMENTS: gl.constexpr, FINAL: gl.constexpr,
-    INITIAL: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
+    INITIAL: gl.constexpr, SCALED: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Backward: the gradient of the state after each chunk (dh), Z, and the gradient of the initial states."""
+    """Backward: the gradient of the state after each chunk (dh), Z, and the gradient of the initial states.
+
+    SCALED: z receives beta Z, which is dV.
+    """
     NV: gl.constexpr = 128 // BV
     dtype: gl.constexpr = k_tma.dtype
     BYTES: gl.constexpr = 5 * 8192 + 128 * BV + 2048
@@ -552,7 +555,7 @@ def _reverse_scan_kernel(
         (_reverse_scan_consumer, (
             n, length, start, tile, HV, v_col, z_tma, dh_tma, d_final + state, d_initial + state,
             z + start.to(gl.int64) * (HV * 128) + v_col, k0, k1, q0, q1, ds, ys, ps, xs, outs, h0, h1,
-            full, empty, ready, BV, HV * 128, FINAL, INITIAL, STAGES, WARPS,
+            full, empty, ready, BV, HV * 128, FINAL, INITIAL, SCALED, STAGES, WARPS,
         )),
         (_scores, (n, length, scale, q0, q1, k0, k1, xs, ps, full, empty, ready, STAGES, 3, True)),
         (_producer, (
@@ -612,9 +615,12 @@ def launch_scan(
 
 def launch_reverse_scan(
     p: Problem, grad: Tensor, gates: Tensor, Y: Tensor, scale: float, d_final: Tensor | None, d_initial: Tensor,
-    z: Tensor, dh: Tensor,
+    z: Tensor, dh: Tensor, scaled: bool,
 ) -> None:  # fmt: skip
-    """Write z, dh and, where it is not empty, d_initial; `grad` is the gradient of o, [N, HV, V]."""
+    """Write z (beta Z where that is to be scaled), dh and, where it is not empty, d_initial.
+
+    `grad` is the gradient of o, [N, HV, V].
+    """
     c = p.constants
     BV, stages = 64, 3
     _reverse_scan_kernel[(p.num_sequences * c["HV"] * (128 // BV),)](
@@ -623,5 +629,5 @@ def launch_reverse_scan(
         gates if d_final is None else d_final, d_initial if d_initial.numel() else gates, z,
         gates if p.cu is None else p.cu, gates if p.cu is None else p.first_chunk, p.length, scale,
         HK=c["HK"], HV=c["HV"], BV=BV, DOCUMENTS=p.cu is not None, FINAL=d_final is not None,
-        INITIAL=d_initial.numel() > 0, STAGES=stages, WARPS=BV // 16, num_warps=BV // 16,
+        INITIAL=d_initial.numel() > 0, SCALED=scaled, STAGES=stages, WARPS=BV // 16, num_warps=BV // 16,
     )  # fmt: skip

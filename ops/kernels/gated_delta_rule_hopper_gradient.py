@@ -6,8 +6,10 @@ For head dims of 128, chunks of 64 and 16 bits. One program stays on each multip
 one of its warps has the copy engine fetch (do, U, Z), (S, dS), q and k ahead, three warpgroups compute:
 
     queries  dQ = scale gam (dO S^T) + D K        D = scale Gam * dO (beta U)^T on and below the diagonal
-    keys     dK = (X + X^T) K + D^T Q + dec beta (U dS^T) - gam beta (Z S^T)
-             X = -Gam * (beta Z)(beta U)^T below the diagonal
+    keys     dK = (X + X^T) K + D^T Q + dec beta (U dS^T) - gam (dV S^T)        dV = beta Z
+             X = -Gam * dV (beta U)^T below the diagonal
+
+What z holds is dV (SCALED; then what is summed up for dbeta is beta times that), or Z, from which dV is made here.
 
 The two groups of keys each take half of dK's columns; one makes X + X^T, the other D^T, and each reads the other's from
 shared memory. What they add to the gradient of c are sums over rows only: X + X^T and K K^T are symmetric, so the sum
@@ -173,9 +175,9 @@ def _copy(
 
 
 @gluon.jit
-def _store_scaled(dv, start, HV: gl.constexpr, hv, Z, c_b, first: gl.constexpr):
-    """Write 32 rows of dV = beta Z."""
-    for piece in gl.static_range(first, first + 32, 16):
+def _store_scaled(dv, start, HV: gl.constexpr, hv, Z, c_b):
+    """Write dV = beta Z."""
+    for piece in gl.static_range(0, 64, 16):
         step = c_b.slice(64 + piece, 16).load(gl.SliceLayout(1, FLAT))
         rows = Z.slice(piece, 16).load(FLAT).to(gl.float32) * _rows(step)
         _store(dv, start + piece, HV, hv, 0, rows, FLAT)
@@ -184,7 +186,7 @@ def _store_scaled(dv, start, HV: gl.constexpr, hv, Z, c_b, first: gl.constexpr):
 @gluon.jit
 def _queries(
     scale, dq, dv, sums, tiles_s, halves_s, gates_s, info_s, bars,
-    HK: gl.constexpr, HV: gl.constexpr, NORMALISE: gl.constexpr,
+    HK: gl.constexpr, HV: gl.constexpr, NORMALISE: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
     """dQ and, for the others, who have more to do, dV."""
     dtype: gl.constexpr = tiles_s.dtype
@@ -233,16 +235,14 @@ def _queries(
             x1 = warpgroup_mma_wait(0, deps=[x1])
             d_c += _dot_rows(x1, halves_s.index(1).load(MMA)) * gam
             dQ1 += x1 * _rows(gam)
-            y = _times(D_low, k0)
+            dQ0 = warpgroup_mma(D_low, k0, dQ0, is_async=True)
             _release(bars.index(EMPTY + STATES))
             gl.store(sums + (chunk * HV + hv).to(gl.int64) * 384 + gl.arange(0, 64, ROW), d_c * r_q)
-            _store_scaled(dv, start, HV, hv, tiles_s.index(3 * s + 2), c_b, 0)
-            y = warpgroup_mma_wait(0, deps=[y])
-            dQ0 += y
-            y = _times(D_low, k1)
-            _store_scaled(dv, start, HV, hv, tiles_s.index(3 * s + 2), c_b, 32)
-            y = warpgroup_mma_wait(0, deps=[y])
-            dQ1 += y
+            if not SCALED:
+                _store_scaled(dv, start, HV, hv, tiles_s.index(3 * s + 2), c_b)
+            dQ0 = warpgroup_mma_wait(0, deps=[dQ0])
+            dQ1 = warpgroup_mma(D_low, k1, dQ1, is_async=True)
+            dQ1 = warpgroup_mma_wait(0, deps=[dQ1])
             if turn == HV // HK - 1:
                 if NORMALISE:
                     q0 = halves_s.index(0).load(MMA)
@@ -265,18 +265,24 @@ def _queries(
 
 
 @gluon.jit
-def _mirrored(Z, U, k0, k1, c_b, r_kq, i, j):
+def _mirrored(Z, U, k0, k1, c_b, r_kq, i, j, SCALED: gl.constexpr):
     """X + X^T, with the rows of k normalised on the right; what it adds to the gradient of c; dbeta."""
     ZU = _times(Z, U.permute((1, 0)))
     UZ = _times(U, Z.permute((1, 0)))
     ZU, UZ = warpgroup_mma_wait(0, deps=[ZU, UZ])
+    d_beta = gl.sum(gl.where(i == j, ZU, 0.0), 1)
+    if SCALED:  # Z's rows have their factor
+        ZU *= _cols(c_b.slice(64, 64).load(COL))
+        UZ *= _rows(c_b.slice(64, 64).load(ROW))
     X = gl.where(i >= j, ZU, UZ)
-    d_beta = gl.sum(gl.where(i == j, X, 0.0), 1)
     decay = _rows(c_b.slice(0, 64).load(ROW)) - _cols(c_b.slice(0, 64).load(COL))
     decay = gl.where(i >= j, decay, -decay)
     X *= gl.exp2(gl.where(i == j, float("-inf"), decay))
-    X *= _rows(c_b.slice(64, 64).load(ROW))
-    X *= _cols(-c_b.slice(64, 64).load(COL) * r_kq.slice(0, 64).load(COL))
+    if SCALED:
+        X *= _cols(-r_kq.slice(0, 64).load(COL))
+    else:
+        X *= _rows(c_b.slice(64, 64).load(ROW))
+        X *= _cols(-c_b.slice(64, 64).load(COL) * r_kq.slice(0, 64).load(COL))
     low = X.to(Z.dtype)
     KK = _times(k0, k0.permute((1, 0)))
     KK = warpgroup_mma(k1, k1.permute((1, 0)), KK, is_async=True)
@@ -303,7 +309,7 @@ def _transposed(do, U, k0, k1, halves_s, scale, c_b, r_kq, i, j):
 @gluon.jit
 def _keys(
     scale, dk, sums, tiles_s, halves_s, gates_s, sums_s, info_s, bars,
-    HALF: gl.constexpr, HK: gl.constexpr, HV: gl.constexpr, NORMALISE: gl.constexpr,
+    HALF: gl.constexpr, HK: gl.constexpr, HV: gl.constexpr, NORMALISE: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
     """Half of the columns of dK, and what they add to the gradient of c."""
     i = _rows(gl.arange(0, 64, ROW))
@@ -337,7 +343,7 @@ def _keys(
             if turn == 0:
                 mbarrier.wait(bars.index(Q), m & 1)
             if HALF == 0:
-                low, d_c, d_beta = _mirrored(Z, U, k0, k1, c_b, r_kq, i, j)
+                low, d_c, d_beta = _mirrored(Z, U, k0, k1, c_b, r_kq, i, j, SCALED)
             else:
                 low, d_c = _transposed(tiles_s.index(3 * s), U, k0, k1, halves_s, scale, c_b, r_kq, i, j)
                 d_beta = gl.zeros([64], gl.float32, ROW)
@@ -363,7 +369,7 @@ def _keys(
             last = gl.sum(gl.where(gl.arange(0, 64, ROW) == 63, c, 0.0), 0)
             at_last = gl.exp2(last) * gl.sum(gl.sum(inner, 1), 0)
             dec = gl.exp2(last - c) * step
-            gam = gl.exp2(c) * step
+            gam = gl.exp2(c) if SCALED else gl.exp2(c) * step
             xU = warpgroup_mma_wait(0, deps=[xU])
             rows = own.load(MMA)
             to_last = _dot_rows(xU, rows) * (dec * r_k)
@@ -401,6 +407,7 @@ def _keys(
 def _whole_chunk_gradient_kernel(
     q_tma, k_tma, do_tma, u_tma, z_tma, h_tma, dh_tma, gates_tma, table, dq, dk, dv, sums, T, num_chunks, scale,
     HK: gl.constexpr, HV: gl.constexpr, DOCUMENTS: gl.constexpr, NORMALISE: gl.constexpr,
+    SCALED: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_tma.dtype
     # Few allocations, because every one costs a warpgroup registers: (do, U, Z) twice, S and dS by halves of their
@@ -417,23 +424,24 @@ def _whole_chunk_gradient_kernel(
     barrier()
     tiles = num_chunks * HK
     gl.warp_specialize([
-        (_queries, (scale, dq, dv, sums, tiles_s, halves_s, gates_s, info_s, bars, HK, HV, NORMALISE)),
-        (_keys, (scale, dk, sums, tiles_s, halves_s, gates_s, sums_s, info_s, bars, 0, HK, HV, NORMALISE)),
-        (_keys, (scale, dk, sums, tiles_s, halves_s, gates_s, sums_s, info_s, bars, 1, HK, HV, NORMALISE)),
+        (_queries, (scale, dq, dv, sums, tiles_s, halves_s, gates_s, info_s, bars, HK, HV, NORMALISE, SCALED)),
+        (_keys, (scale, dk, sums, tiles_s, halves_s, gates_s, sums_s, info_s, bars, 0, HK, HV, NORMALISE, SCALED)),
+        (_keys, (scale, dk, sums, tiles_s, halves_s, gates_s, sums_s, info_s, bars, 1, HK, HV, NORMALISE, SCALED)),
         (_copy, (tiles, table, T, q_tma, k_tma, do_tma, u_tma, z_tma, h_tma, dh_tma, gates_tma,
                  tiles_s, halves_s, gates_s, info_s, bars, HK, HV, DOCUMENTS)),
-    ], [4, 4, 1], [144, 144, 24])  # fmt: skip
+    ], [4, 4, 1], [152, 152, 24])  # fmt: skip
 
 
 def launch_gradients(
     p: Problem, grad: Tensor, U: Tensor, Z: Tensor, h: Tensor, dh: Tensor, gates: Tensor, dq: Tensor, dk: Tensor,
-    dv: Tensor, sums: Tensor, scale: float, normalise: bool,
+    dv: Tensor, sums: Tensor, scale: float, normalise: bool, scaled: bool,
 ) -> None:  # fmt: skip
-    """Write dq, dk, dv (which may be Z) and sums [chunks, HV, 2, 3, 64] of the chunks that have all their rows."""
+    """Write dq, dk, dv (which may be Z's memory, and is Z where that is scaled) and sums [chunks, HV, 2, 3, 64] of the
+    chunks that have all their rows."""
     c = p.constants
     rows = (x.flatten(0, 1) for x in (U, Z))
     _whole_chunk_gradient_kernel[(min(NUM_SMS, p.num_chunks * c["HK"]),)](
         *(descriptor(x, 64, 64) for x in (p.q, p.k)), *(descriptor(x, 64, 128) for x in (grad, *rows, h, dh)),
         descriptor(gates.view(p.num_chunks * c["HV"], 448), 1, 128), p.table, dq, dk, dv, sums, p.length, p.num_chunks,
-        scale, HK=c["HK"], HV=c["HV"], DOCUMENTS=p.cu is not None, NORMALISE=normalise, num_warps=4,
+        scale, HK=c["HK"], HV=c["HV"], DOCUMENTS=p.cu is not None, NORMALISE=normalise, SCALED=scaled, num_warps=4,
     )  # fmt: skip
