@@ -56,8 +56,8 @@ def differences(rows=40):
 @pytest.mark.parametrize("rows", [40, 37, 3])
 def test_products_are_those_of_the_quantised_operands(rows):
     for emulation, exact in differences(rows):
-        assert emulation < 4e-3  # of rounding the result to bf16, 2^-9 at most
-        assert 1e-2 < exact < 1e-1  # of 3 bits of mantissa, 2 in gradients
+        assert emulation < 4e-3  # measured 2e-3: the result is rounded to bf16
+        assert 1e-2 < exact < 1e-1  # measured 3e-2 to 6e-2: 3 bits of mantissa, 2 in gradients
 
 
 def test_a_scale_left_out_is_noticed(monkeypatch):
@@ -222,10 +222,10 @@ def test_a_model_learns_in_float8_as_in_bf16(tmp_path):
         runs.run(folder, "--dtype=bfloat16", f"--float8={policy}", "--steps=20", "--seq-len=64", **shape)
         losses[policy] = torch.tensor(runs.rows(folder, "cross_entropy"))
     apart = losses["linears"] - losses["none"]
-    # Measured: 0.02 before the first update, at most 0.12 later, 0.05 in the mean of the last ten.
+    # Measured: 0.02 before the first update, at most 0.11 later, 0.02 in the mean of the last ten.
     assert 0 < apart[0].abs() < 0.06
     assert apart.abs().max() < 0.25
-    assert apart[10:].mean().abs() < 0.1
+    assert apart[10:].mean().abs() < 0.06
     assert losses["linears"][10:].mean() < losses["linears"][0] - 1.5
 
 
