@@ -208,8 +208,8 @@ def test_a_cuda_graph_drafts_the_same_text(compiled):
     state = waiting(tree, config, 3, device="cuda")
     with torch.no_grad():
         step = decode.repeated(partial(speculative.step, config=config), tree, state, compile=compiled)
-        join = decode.in_place(speculative.join)
-        _, draws = joined(tree, state, config, join=lambda *a, **k: (state, join(*a, **k)), device="cuda")
+        join = decode.in_place(partial(speculative.join, config=config))
+        _, draws = joined(tree, state, config, join=lambda *a, config: (state, join(*a)), device="cuda")
         draws += [step().token_BT.clone() for _ in range(20)]
         plain, expected = joined(tree, waiting(tree, config, 3, device="cuda"), config, device="cuda")
         _, rest = run(tree, plain, config)
