@@ -18,6 +18,7 @@ from q3n_functional import compiled, cuda_graph, float8, model, optim, packing
 from q3n_functional.config import Config
 from q3n_functional.data import Batch
 from q3n_functional.ops.registration import wide
+from q3n_functional.parallel import overlap
 from q3n_functional.parallel.placement import Parallel
 from q3n_functional.params import Parameters, named_leaves, spec
 from q3n_functional.train_config import TrainConfig
@@ -132,7 +133,8 @@ def functions(
     if reason:
         logger.info("running eagerly: %s", reason)
         return loss, update
-    return compiled.compiled(loss, config.compile), torch.compile(update, fullgraph=True, dynamic=False)
+    options = {"options": overlap.OPTIONS} if config.overlap else {}
+    return compiled.compiled(loss, config.compile, **options), torch.compile(update, fullgraph=True, dynamic=False)
 
 
 def make_step(

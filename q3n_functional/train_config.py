@@ -96,6 +96,9 @@ class TrainConfig:
     forward and backward; routers, routed experts, gates, embedding and head stay in dtype, which must be bfloat16."""
     cuda_graph: bool = False
     """Every step from the third on is launched as one CUDA graph, on one device: for steps that wait for the host."""
+    overlap: bool = False
+    """Ranks exchange parameters and gradients while they compute, in an order that Inductor makes: across blocks with
+    compile model, inside each with layers."""
     z_loss_coef: float = 0.0
     timeout: float = 600.0
     """Seconds after which ranks that wait for a silent one end the job; compiling is silent too."""
@@ -106,7 +109,7 @@ class TrainConfig:
     model: Config
 
 
-FREE_ON_RESUME = ("run", "resume", "device", "compile", "cuda_graph", "timeout", "output", "mesh")
+FREE_ON_RESUME = ("run", "resume", "device", "compile", "cuda_graph", "overlap", "timeout", "output", "mesh")
 """Keys that a resumed run may change, because the training does not depend on them."""
 
 
@@ -229,6 +232,11 @@ def _check(c: TrainConfig) -> None:
         )
     if c.float8 != "none" and c.mesh.size > 1:
         raise ValueError(f"float8 is {c.float8!r} with a mesh of {c.mesh.size} ranks: it is for one device, set none")
+    if c.overlap and (c.compile == "none" or c.mesh.size == 1):
+        raise ValueError(
+            f"overlap with compile {c.compile!r} and a mesh of {c.mesh.size}: it is an order of compiled code in which "
+            "ranks exchange something, so leave it out, or set compile and mesh"
+        )
     check(c.mesh, c.model)
     check_batch(c.mesh, c.model, c.batch_size, c.seq_len)
     if sample.max_new_tokens and not sample.prompt:

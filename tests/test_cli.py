@@ -188,6 +188,7 @@ def test_options_of_train(capsys):
 --recompute default: none
 --float8 default: none
 --cuda-graph default: False
+--overlap default: False
 --z-loss-coef default: 0.0
 --timeout default: 600.0
 --data.source required

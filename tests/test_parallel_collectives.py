@@ -1,5 +1,7 @@
 """What ranks exchange in a step, pinned; and that whole parameters do not outlive the layer that uses them."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,9 +9,10 @@ import torch.utils._pytree as pytree
 from expecttest import assert_expected_inline
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from q3n_functional import model
+from q3n_functional import model, step
 from q3n_functional.layers import context, on_ranks
-from q3n_functional.parallel import mesh, placement, rules
+from q3n_functional.parallel import mesh, overlap, placement, rules
+from tests import runs
 from tests.configs import perturbed, small, trainable
 from tests.runs import torchrun
 
@@ -117,3 +120,104 @@ def test_compiled_layers_gather_their_parameters_again(policy):
             whole.add(node)
     assert len(whole) > 2 * 13
     assert not whole & set(outputs)
+
+
+class Ordered(Exception):  # noqa: N818  # not an error
+    """The order is known, and code for it is not needed."""
+
+
+SIGNS = {"all_gather_into": "G", "reduce_scatter": "S", "q3n.attention": "C", ".mm": "C", "all_reduce": ""}
+
+
+def letter(node):
+    """Of a scheduled operation: G gathers, S sums and scatters, g and s wait for that, C computes; "" for others."""
+    told = f"{getattr(node, 'op_overload', '')} {getattr(node, 'python_kernel_name', '')}"
+    waits = "wait_tensor" in told
+    found = next((sign for name, sign in SIGNS.items() if name in (str(node.inputs) if waits else told)), "")
+    return found.lower() if waits else found
+
+
+def orders():
+    """Of the forward and the backward graph of a model of two layers on one of two fsdp ranks: as it was, and is."""
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor import config as inductor
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+
+    config = small(
+        num_hidden_layers=2, layer_types=("full_attention",) * 2, num_experts=0, intermediate_size=24,
+        num_nextn_predict_layers=0,
+    )  # fmt: skip
+    layout = mesh.parse("dp=2")
+    places = rules.layouts(config, layout)
+    parallel = placement.connect(layout, places, torch.float32, torch.device("cpu"))
+    tree = trainable(rules.shard(perturbed(config), places, layout.coordinates(0)))
+    found = []
+
+    def note(nodes):
+        found.append("".join(letter(node.node) for node in nodes))
+        return nodes
+
+    def end(nodes):
+        raise Ordered
+
+    # Estimates are for cards; here what computes takes as long as what is sent.
+    options = {**overlap.OPTIONS, "estimate_op_runtime": lambda node: float(bool(letter(node.node)))}
+    options["reorder_for_compute_comm_overlap_passes"] = [
+        note,
+        *options["reorder_for_compute_comm_overlap_passes"],
+        note,
+        end,
+    ]
+
+    def schedule(graph, inputs):
+        with inductor.patch(options), pytest.raises(Exception, match="Ordered"):
+            compile_fx_inner(graph, inputs)
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(
+        fw_compiler=schedule, bw_compiler=schedule, decompositions=select_decomp_table(),
+        partition_fn=min_cut_rematerialization_partition,
+    )  # fmt: skip
+    loss = torch.compile(partial(model.loss, parallel=parallel, config=config), fullgraph=True, backend=backend)
+    loss(tree, torch.randint(64, (1, 32)))[0].backward()
+    torch._dynamo.reset()
+    return found
+
+
+def indices(order, sign):
+    return [place for place, found in enumerate(order) if found == sign]
+
+
+def behind(order, sign):
+    """How many of the collectives have something computed before they are waited for."""
+    pairs = zip(indices(order, sign), indices(order, sign.lower()), strict=True)
+    return sum("C" in order[sent:waited] for sent, waited in pairs)
+
+
+@pytest.mark.usefixtures("two_ranks")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_shards_come_and_gradients_go_while_blocks_compute():
+    written, forward, also_written, backward = orders()
+    assert behind(written, "G") == behind(also_written, "G") == behind(also_written, "S") == 0
+    # A block has 8 matrices and, with attention, 9 products; before the first comes the embedding, behind all the head.
+    for order in (written, forward):
+        assert len(indices(order, "G")) == 1 + 8 + 8 + 1
+        assert len(indices(order, "C")) == 9 + 9
+    first, last = indices(forward, "G")[1 + 8], indices(forward, "C")[8]
+    assert first < last
+    assert behind(forward, "G") >= 8 + 8
+    # One at a time: the model is not gathered at the start.
+    assert all(forward[:end].count("G") - forward[:end].count("g") <= 1 for end in range(len(forward)))
+    assert behind(backward, "G") >= 8
+    assert behind(backward, "S") >= 8, backward
+
+
+@pytest.mark.parametrize(("asked", "options"), [("--overlap", {"options": overlap.OPTIONS}), ("--no-overlap", {})])
+def test_training_is_compiled_in_that_order_where_asked(tmp_path, monkeypatch, asked, options):
+    monkeypatch.setattr(step, "missing_compiler", lambda device: None)
+    monkeypatch.setattr(step.compiled, "compiled", lambda loss, mode, **found: found)
+    settings = runs.config(tmp_path, "--compile=layers", "--mesh.dp=2", asked)
+    assert step.functions(settings, settings.model, torch.device("cpu"))[0] == options

@@ -26,6 +26,8 @@ from q3n_functional import train_config
         ("[mesh]\ntp = 3", r"mesh\.tp is 3, but vocab_size is 512, not a multiple of it; this model allows tp 1, 2$"),
         ("[mesh]\ndp = 2", r"a batch has 1 rows, which replicate x dp x ep = 2 ranks cannot share: use a multiple"),
         ("timeout = 0", r"timeout is 0\.0, it must be at least 1"),
+        ("overlap = true", r"overlap with compile 'layers' and a mesh of 1: "),
+        ("overlap = true\ncompile = 'none'\n[mesh]\nep = 2", r"overlap with compile 'none' and a mesh of 2: "),
         ("cuda_graph = true", r"cuda_graph with dtype 'float32': fp32 attention waits"),
         ("dtype = 'bfloat16'\ncuda_graph = true\n[mesh]\nep = 2", r"cuda_graph with a mesh of 2 ranks: "),
         ("float8 = 'linears'", r"float8 is 'linears' with dtype 'float32': it is between bfloat16 tensors, so set"),

@@ -1,0 +1,17 @@
+"""Exchanges behind computation: the order of a compiled step, as options of torch.compile.
+
+As written, every shard is waited for as soon as it is asked for. Inductor's scheduler knows both halves of a collective
+and has passes that move them apart; of those that it has, `raise_comms` would gather the whole model at the start.
+`reorder_compute_for_overlap` leaves collectives in their order, the same on every rank, sends each ahead of as much
+computation as hides it by Inductor's estimate, and waits as late as it can.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+OPTIONS: dict[str, Any] = {
+    "reorder_for_compute_comm_overlap": True,
+    "reorder_for_compute_comm_overlap_passes": ["reorder_compute_for_overlap"],
+}
+"""What is reordered is one graph: within a layer where each is compiled by itself, across blocks in a graph of all."""
