@@ -45,7 +45,7 @@ def test_scaling_measures_one_and_two_ranks(tmp_path):
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     rows = json.loads((tmp_path / "scaling.json").read_text())
     found = {(row["implementation"], row["metric"]): row["value"] for row in rows}
-    metrics, one, two = {"first_step_s", "step_ms", "tokens_per_s"}, "q3n one card", "q3n two cards"
+    metrics, one, two = {"first_step_s", "step_ms", "tokens_per_s"}, "q3n one card", "q3n all cards"
     assert set(found) == {(name, metric) for name in (one, two) for metric in metrics} | {(two, "efficiency")}
     assert found[one, "tokens_per_s"] == pytest.approx(2 * 64 / found[one, "step_ms"] * 1e3, rel=1e-3)
     ratio = found[two, "tokens_per_s"] / found[one, "tokens_per_s"] / 2

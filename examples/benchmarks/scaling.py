@@ -1,14 +1,18 @@
-"""A training step of Qwen3-Next at its real widths on two cards of one host, beside one card.
+"""A training step of Qwen3-Next at its real widths on two or eight cards of one host, beside one card and the planner.
 
-    python examples/benchmarks/scaling.py [--commit HASH] [--out FOLDER] [--cases 0 2] [--tiny]
+    python examples/benchmarks/scaling.py [--commit HASH] [--out FOLDER] [--cards 2] [--cases 0 2] [--plan] [--tiny]
 
-Prints a table and writes results/scaling.json. Three linear layers and one of full attention, 128 experts, vocabulary
-151,936, computed in bf16 over fp32 parameters, AdamW with moments in bf16, random tokens, no prediction module, every
-kind of layer compiled once. Cases: fsdp 2 and ep 2, twice the rows on twice the cards; tp 2 with sequence parallelism
-and cp 2 on a row of 128k tokens (layers recomputed), the same batch on twice the cards. Metrics: step_ms, the median of
-forward, backward and update, of the slowest rank; tokens_per_s of all cards; peak_gib of the fullest card; efficiency,
-tokens a second over cards times those of one card. Each measurement is a launch of torchrun. Ranks draw equal shards,
-as values do not matter here. --tiny is for a machine without cards: small sizes, gloo, eager, once, to see it run.
+Prints a table and writes results/scaling.json. Computed in bf16 over fp32 parameters, AdamW with moments in bf16,
+random tokens, vocabulary 151,936, no prediction module, every kind of layer compiled once. --cards 2: three linear
+layers and one of full attention, 128 experts. Cases: fsdp 2 and ep 2, twice the rows on twice the cards; tp 2 with
+sequence parallelism and cp 2 on a row of 128k tokens (layers recomputed), the same batch on twice the cards. --cards 8:
+twelve layers, 64 experts where one card has to hold them, 512 where eight do. Metrics: step_ms, the median of forward,
+backward and update, of the slowest rank; tokens_per_s of all cards; peak_gib of the fullest card; efficiency, tokens a
+second over cards times those of one card. Each measurement is a launch of torchrun. Ranks draw equal shards, as values
+do not matter here.
+
+--plan measures nothing, needs no card and writes what `q3n plan` expects of the same steps to scaling_plan_N.json, for
+N cards. --tiny is for a machine without cards: small sizes, gloo, eager, once, to see it run.
 """
 
 import argparse
@@ -28,20 +32,25 @@ import torch.distributed as dist
 import torch.utils._pytree as pytree
 
 from q3n_functional import compiled, model, optim, params
+from q3n_functional import plan as planner
 from q3n_functional.config import PRESETS, Config
 from q3n_functional.parallel import launch, mesh, placement, rules
 from q3n_functional.parallel.placement import Parallel
+from q3n_functional.plan_cards import CARDS
 from q3n_functional.recompute import Recompute
+from q3n_functional.train_config import DataConfig, TrainConfig
 
 
 class Case(NamedTuple):
-    """A layout, its batch (rows x length) and that of one card."""
+    """A layout, its batch (rows x length), that of one card (0 rows where none holds it), and the model's size."""
 
     layout: str
     rows: int
     length: int
     rows_of_one: int
     recompute: Recompute = "none"
+    layers: int = 4
+    experts: int = 128
 
 
 CASES = {
@@ -49,18 +58,28 @@ CASES = {
     "tp 2 + sp 2x4096": Case("tp=2", 2, 4096, 2),
     "cp 2 1x131072": Case("cp=2", 1, 131072, 1, "full"),
     "ep 2 4x4096": Case("ep=2", 4, 4096, 2),
+    "fsdp 8 16x4096": Case("dp=8", 16, 4096, 2, "selective", 12, 64),
+    "fsdp 2 x tp 4 + sp 4x4096": Case("dp=2,tp=4", 4, 4096, 2, "selective", 12, 64),
+    "hsdp 2x4 16x4096": Case("replicate=2,dp=4", 16, 4096, 2, "selective", 12, 64),
+    "cp 8 1x1048576": Case("cp=8", 1, 1048576, 0, "full", 12, 64),
+    "ep 8 16x4096, 512 experts": Case("ep=8", 16, 4096, 0, "selective", 12, 512),
 }
-ONE, TWO = "q3n one card", "q3n two cards"
+ONE, ALL, PLAN = "q3n one card", "q3n all cards", "q3n plan"
 UNITS = {"step_ms": "ms", "tokens_per_s": "tokens/s", "peak_gib": "GiB", "efficiency": "1", "first_step_s": "s"}
 ADAMW = optim.OptimizerConfig(lr=1e-4)
 
 
-def shape(tiny: bool) -> Config:
+def shape(case: Case, tiny: bool) -> Config:
     kinds = ("linear_attention",) * 3 + ("full_attention",)
     base = PRESETS["tiny" if tiny else "qwen3_next_80b_a3b"]()
-    experts = {} if tiny else {"num_experts": 128}
+    experts = {} if tiny else {"num_experts": case.experts}
+    layers = 4 if tiny else case.layers
     return dataclasses.replace(
-        base, num_hidden_layers=4, layer_types=kinds, num_nextn_predict_layers=0, **cast(dict[str, Any], experts)
+        base,
+        num_hidden_layers=layers,
+        layer_types=kinds * (layers // 4),
+        num_nextn_predict_layers=0,
+        **cast(dict[str, Any], experts),
     )
 
 
@@ -112,7 +131,8 @@ def working(masters: params.Parameters, dtype: torch.dtype, parallel: Parallel |
 
 def measure(name: str, alone: bool, tiny: bool) -> dict[str, float]:
     """Runs on every rank; the slowest rank's time, the fullest card's memory."""
-    case, config, where = CASES[name], shape(tiny), launch.world()
+    case, where = CASES[name], launch.world()
+    config = shape(case, tiny)
     layout = mesh.Mesh() if alone else mesh.parse(case.layout)
     case = case._replace(length=case.length // 64) if tiny else case
     mesh.check_batch(layout, config, case.rows, case.length)
@@ -153,7 +173,7 @@ def launched(name: str, alone: bool, tiny: bool) -> dict[str, float]:
     """What a launch of torchrun measured; its last words where it failed."""
     ranks = 1 if alone else mesh.parse(CASES[name].layout).size
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += [__file__, "--measure", name, ONE if alone else TWO, *(["--tiny"] if tiny else [])]
+    command += [__file__, "--measure", name, ONE if alone else ALL, *(["--tiny"] if tiny else [])]
     process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode:
         said = [line for line in process.stderr.splitlines() if "Error" in line and "ChildFailedError" not in line]
@@ -162,9 +182,37 @@ def launched(name: str, alone: bool, tiny: bool) -> dict[str, float]:
     return values
 
 
+def expected(case: Case, tiny: bool) -> dict[str, float]:
+    """What `q3n plan` expects of the step on H100s."""
+    config = TrainConfig(
+        run="", steps=1, batch_size=case.rows, seq_len=case.length // (64 if tiny else 1), dtype="bfloat16",
+        recompute=case.recompute, data=DataConfig(source=""), mesh=mesh.parse(case.layout), model=shape(case, tiny),
+        optimizer=dataclasses.replace(ADAMW, state_dtype="bfloat16"),
+    )  # fmt: skip
+    found = planner.plan(config, CARDS["h100"])
+    milliseconds = float(found.seconds.sum() * 1e3)
+    return {"step_ms": milliseconds, "tokens_per_s": found.tokens_per_s, "peak_gib": found.peak / 2**30}
+
+
+def measured(names: list[str], tiny: bool) -> report.Rows:
+    """One card once for all cases that ask the same of it."""
+    rows: report.Rows = []
+    of_one: dict[Case, report.Rows] = {}
+    for name in names:
+        case = CASES[name]
+        key = case._replace(layout="", rows=case.rows_of_one)
+        if case.rows_of_one and key not in of_one:
+            of_one[key] = report.measured(name, ONE, functools.partial(launched, name, True, tiny))
+        one = [{**row, "case": name} for row in of_one.get(key, [])]
+        rows += [*one, *report.measured(name, ALL, functools.partial(beside, name, one, tiny))]
+    return rows
+
+
 def main() -> None:
     parser = report.parser(__doc__)
-    parser.add_argument("--cases", nargs="+", type=int, default=range(len(CASES)), help="their numbers, from 0")
+    parser.add_argument("--cards", type=int, choices=(2, 8), default=2)
+    parser.add_argument("--cases", nargs="+", type=int, help="their numbers, from 0; all of them")
+    parser.add_argument("--plan", action="store_true", help="what the planner expects, without cards")
     parser.add_argument("--tiny", action="store_true", help="small sizes, once, to see that it runs")
     parser.add_argument("--measure", nargs=2, metavar=("CASE", "IMPLEMENTATION"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -173,20 +221,24 @@ def main() -> None:
         if launch.world().lead:
             print(json.dumps(values))
         return
-    if torch.cuda.device_count() < 2 and not options.tiny:
+    if not (options.plan or options.tiny) and torch.cuda.device_count() < options.cards:
         raise SystemExit(
-            f"there are {torch.cuda.device_count()} CUDA cards here, not 2: --tiny runs it at a small size"
+            f"there are {torch.cuda.device_count()} CUDA cards here, not {options.cards}: see --tiny, --plan"
         )
     report.UNITS.update(UNITS)
+    all_names = [name for name, case in CASES.items() if mesh.parse(case.layout).size == options.cards]
+    names = all_names if options.cases is None else [all_names[number] for number in options.cases]
+    if not options.plan:
+        report.write(measured(names, options.tiny), "scaling", options.commit, options.out)
+        return
     rows: report.Rows = []
-    for name in [list(CASES)[number] for number in options.cases]:
-        one = report.measured(name, ONE, functools.partial(launched, name, True, options.tiny))
-        rows += [*one, *report.measured(name, TWO, functools.partial(beside, name, one, options.tiny))]
-    report.write(rows, "scaling", options.commit, options.out)
+    for name in names:
+        rows += report.measured(name, PLAN, functools.partial(expected, CASES[name], options.tiny))
+    report.write(rows, f"scaling_plan_{options.cards}", options.commit, options.out)
 
 
 def beside(name: str, one: report.Rows, tiny: bool) -> dict[str, float]:
-    """The measurement of two cards with their efficiency beside one, if that could be measured."""
+    """The measurement of all cards with their efficiency beside one, if that could be measured."""
     values, before = launched(name, False, tiny), {row["metric"]: row["value"] for row in one}
     if "tokens_per_s" in before:
         ranks = mesh.parse(CASES[name].layout).size
