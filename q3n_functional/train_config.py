@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+import torch
 import tyro
 
 from q3n_functional.compiled import Mode
@@ -18,6 +19,7 @@ from q3n_functional.config import PRESETS, Config
 from q3n_functional.float8 import Float8
 from q3n_functional.optim import OptimizerConfig
 from q3n_functional.parallel.mesh import Mesh, check, check_batch
+from q3n_functional.parallel.overlap import SOUND
 from q3n_functional.recompute import Recompute
 from q3n_functional.sampling import Options
 
@@ -237,6 +239,8 @@ def _check(c: TrainConfig) -> None:
             f"overlap with compile {c.compile!r} and a mesh of {c.mesh.size}: it is an order of compiled code in which "
             "ranks exchange something, so leave it out, or set compile and mesh"
         )
+    if c.overlap and not SOUND:
+        raise ValueError(f"overlap with torch {torch.__version__}: it needs 2.13, as 2.11 gives wrong gradients then")
     check(c.mesh, c.model)
     check_batch(c.mesh, c.model, c.batch_size, c.seq_len)
     if sample.max_new_tokens and not sample.prompt:

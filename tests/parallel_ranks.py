@@ -94,7 +94,8 @@ def trained(config: Config, tree: params.Parameters, own: Batch, case: Case, par
     if case.backend:
         torch._dynamo.reset()
         compiled = partial(torch.compile, fullgraph=True, dynamic=False, backend=case.backend)
-        compiled = partial(compiled, options=overlap.OPTIONS) if case.backend == "inductor" else compiled
+        if case.backend == "inductor" and overlap.SOUND:
+            compiled = partial(compiled, options=overlap.OPTIONS)
         loss, update = compiled(loss), compiled(update)
     leaves, numbers, first = named_leaves(tree), [], {}
     state = optim.init({name: p.detach() for name, p in leaves.items()}, groups)

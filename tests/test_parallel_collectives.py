@@ -215,6 +215,7 @@ def test_shards_come_and_gradients_go_while_blocks_compute():
     assert behind(backward, "S") >= 8, backward
 
 
+@pytest.mark.skipif(not overlap.SOUND, reason="this torch orders it wrongly")
 @pytest.mark.parametrize(("asked", "options"), [("--overlap", {"options": overlap.OPTIONS}), ("--no-overlap", {})])
 def test_training_is_compiled_in_that_order_where_asked(tmp_path, monkeypatch, asked, options):
     monkeypatch.setattr(step, "missing_compiler", lambda device: None)

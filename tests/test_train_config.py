@@ -3,6 +3,7 @@
 import pytest
 
 from q3n_functional import train_config
+from tests import runs
 
 
 @pytest.mark.parametrize(
@@ -74,3 +75,9 @@ def test_the_command_line_wins_over_the_file(tmp_path):
     assert config.model.eos_token_id == 3
     assert config.optimizer.name == "muon"
     assert config.model.num_experts == train_config.PRESETS["tiny"]().num_experts
+
+
+def test_overlap_needs_a_torch_that_orders_it_right(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_config, "SOUND", False)
+    with pytest.raises(ValueError, match=r"overlap with torch .*: it needs 2\.13"):
+        runs.config(tmp_path, "--compile=layers", "--mesh.dp=2", "--overlap")
