@@ -165,7 +165,7 @@ def test_a_precision_of_16_bits(source, tmp_path):
     torch.testing.assert_close(logits_NV, wanted_BTV[:, -1], atol=3e-2, rtol=3e-2)
 
 
-def test_mistakes_in_exporting(source, tmp_path, monkeypatch):
+def test_mistakes_in_exporting(source, tmp_path):
     def refuses(text, folder=source, out=tmp_path / "out", rows=1, capacity=8):
         with pytest.raises(ValueError, match=text):
             export(folder, out, rows=rows, capacity=capacity)
@@ -175,8 +175,9 @@ def test_mistakes_in_exporting(source, tmp_path, monkeypatch):
     refuses("rows is 0; at least 1 sequence", rows=0)
     refuses("capacity is 1; a sequence needs room for 2 tokens", capacity=1)
     refuses("capacity is 257, above max_position_embeddings 256", capacity=257)
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-compiler",))
-    with pytest.raises(ValueError, match="AOTInductor finds no C\\+\\+ compiler: install g\\+\\+ or set CXX"):
+    # monkeypatch would leave the option deleted, for every test behind.
+    without = torch._inductor.config.patch({"cpp.cxx": ("no-compiler",)})
+    with without, pytest.raises(ValueError, match="AOTInductor finds no C\\+\\+ compiler: install g\\+\\+ or set CXX"):
         export(source, tmp_path / "out", rows=1, capacity=8, aot=True)
     assert not (tmp_path / "out").exists()
 
