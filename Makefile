@@ -10,8 +10,9 @@ ONE_THREAD := OMP_NUM_THREADS=1
 run: $(STAMP)
 	$(ONE_THREAD) $(BIN)/q3n train examples/tiny.toml --resume
 
+# Files stay together: their tests share models that were trained for them.
 test: $(STAMP)
-	$(ONE_THREAD) $(BIN)/python -m pytest
+	$(ONE_THREAD) $(BIN)/python -m pytest -n auto --dist loadfile
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -93,8 +93,12 @@ def test_the_second_signal_stops_at_once(tmp_path):
         for _ in range(2):  # to this thread, so that the second does not come while the first still waits
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        interrupt_at(runs.config(tmp_path), 3, twice)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have their background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            interrupt_at(runs.config(tmp_path), 3, twice)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert train_state.complete(tmp_path / "run") == []
 
 
