@@ -21,20 +21,12 @@ from q3n_functional.generate import generate, pieces, prefill
 from q3n_functional.parallel import decode as on_mesh
 from q3n_functional.parallel import expert, mesh, placement, rules
 from q3n_functional.params import FullAttention, Parameters
-from q3n_functional.sampling import Options
 from tests.configs import perturbed, slower, small
 from tests.parallel_ranks import UNCHANGED, main
+from tests.test_decode import FULL, LINEAR, OPTIONS, PROMPTS
 
 CAPACITY, STEPS = 20, 6
-PROMPTS = ((3, 1, 4), (1,), (5, 9, 2, 6, 5, 3, 5), (8, 9))
-OPTIONS = (
-    Options(temperature=0),
-    Options(seed=5, repetition_penalty=1.3, presence_penalty=0.5),
-    Options(seed=-1, top_k=12, temperature=0.8, logit_bias={7: 1.5}),
-    Options(seed=2**40, top_p=0.9, min_p=0.02, frequency_penalty=0.7),
-)
 NEW = (12, 12, 4, 6)  # some rows end before the others
-LINEAR, FULL = "linear_attention", "full_attention"
 
 
 class Case(NamedTuple):

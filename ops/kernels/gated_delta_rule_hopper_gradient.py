@@ -188,7 +188,7 @@ def _queries(
     scale, dq, dv, sums, tiles_s, halves_s, gates_s, info_s, bars,
     HK: gl.constexpr, HV: gl.constexpr, NORMALISE: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
-    """dQ and, for the others, who have more to do, dV."""
+    """dQ and, where z does not hold it yet, dV: the others have more to do."""
     dtype: gl.constexpr = tiles_s.dtype
     i = _rows(gl.arange(0, 64, ROW))
     j = _cols(gl.arange(0, 64, COL))
