@@ -251,7 +251,7 @@ def main() -> None:
             if case.startswith("drafts") and implementation == "transformers":
                 continue
             rows += in_a_process(case, implementation, options)
-    report.write(rows, "decode", options.commit, options.out, **versions())
+            report.write(rows, "decode", options.commit, options.out, **versions())
 
 
 if __name__ == "__main__":

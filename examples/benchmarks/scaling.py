@@ -194,18 +194,18 @@ def expected(case: Case, tiny: bool) -> dict[str, float]:
     return {"step_ms": milliseconds, "tokens_per_s": found.tokens_per_s, "peak_gib": found.peak / 2**30}
 
 
-def measured(names: list[str], tiny: bool) -> report.Rows:
-    """One card once for all cases that ask the same of it."""
+def measured(names: list[str], options: argparse.Namespace) -> None:
+    """One card once for all cases that ask the same of it; the file grows with every case."""
     rows: report.Rows = []
     of_one: dict[Case, report.Rows] = {}
     for name in names:
         case = CASES[name]
         key = case._replace(layout="", rows=case.rows_of_one)
         if case.rows_of_one and key not in of_one:
-            of_one[key] = report.measured(name, ONE, functools.partial(launched, name, True, tiny))
+            of_one[key] = report.measured(name, ONE, functools.partial(launched, name, True, options.tiny))
         one = [{**row, "case": name} for row in of_one.get(key, [])]
-        rows += [*one, *report.measured(name, ALL, functools.partial(beside, name, one, tiny))]
-    return rows
+        rows += [*one, *report.measured(name, ALL, functools.partial(beside, name, one, options.tiny))]
+        report.write(rows, "scaling", options.commit, options.out)
 
 
 def main() -> None:
@@ -229,7 +229,7 @@ def main() -> None:
     all_names = [name for name, case in CASES.items() if mesh.parse(case.layout).size == options.cards]
     names = all_names if options.cases is None else [all_names[number] for number in options.cases]
     if not options.plan:
-        report.write(measured(names, options.tiny), "scaling", options.commit, options.out)
+        measured(names, options)
         return
     rows: report.Rows = []
     for name in names:

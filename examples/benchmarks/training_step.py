@@ -257,7 +257,7 @@ def main() -> None:
     for case in [list(CASES)[number] for number in options.cases]:
         for implementation in options.only:
             rows += in_a_process(case, implementation, options)
-    report.write(rows, "training_step", options.commit, options.out, **versions())
+            report.write(rows, "training_step", options.commit, options.out, **versions())
 
 
 if __name__ == "__main__":
