@@ -213,6 +213,37 @@ class TestKernels:
         g = torch.empty(1, 1, 1, device=DEVICE).expand(batch, length, heads)
         assert kernels()._num_pieces(kernels()._problem(q, q, v, g, g, None, 64)) == pieces
 
+    @pytest.mark.parametrize(
+        ("batch", "documents", "length"),
+        [(1, None, 205), (2, None, 96), (1, [0, 0, 90, 91, 91, 300], 310), (1, [0, 0], 20)],
+    )
+    def test_walks_begin_where_the_decay_is_enough(self, batch, documents, length):
+        """Lead, sequence to begin with and sequence to leave, forward and in reverse, of each piece and head."""
+        _, tensors, scalars = build(batch=batch, documents=documents, length=length, heads=3, l2norm=True)
+        p = kernels()._problem(*tensors[:5], tensors[8], scalars[3])
+        sums = torch.tensor([[-1.0, -20.0, 0.0]], device=DEVICE) * torch.rand(p.num_chunks, 1, device=DEVICE)
+        gates = torch.zeros(p.num_chunks, 3, 7, 16, device=DEVICE)
+        gates[:, :, 0, -1] = sums
+        found = kernels().walks(p, 5, gates)
+        bounds = [n * length for n in range(batch + 1)] if documents is None else documents
+        size, piece, chunk = -(-batch * length // (p.num_sequences * 5 * 16)), 0, 0
+        for n, (start, end) in enumerate(itertools.pairwise(bounds)):
+            chunks = -(-(end - start) // 16)
+            last = max(-(-chunks // size), 1) - 1
+            for i in range(last + 1):
+                for head in range(3):
+                    mine, after = sums[chunk : chunk + chunks, head], min(i * size + size, chunks)
+                    wanted = []
+                    for decays, is_last in ((mine[: i * size].flip(0), i == last), (mine[after:], i == 0)):
+                        below = (decays.cumsum(0) < -64).nonzero()
+                        lead = len(decays) if len(below) == 0 else int(below[0]) + 1
+                        wanted += [lead, -1 if len(below) else n, n if is_last else -1]
+                    assert found.walks[piece, head].tolist() == wanted
+                assert int(found.cu[piece]) == start + i * size * 16
+                piece += 1
+            chunk += chunks
+        assert (found.walks[piece:] == torch.tensor([0, -1, -1, 0, -1, -1], device=DEVICE)).all()
+
     def test_tma_descriptors(self):
         """16 bits and whole tiles: the scans then read through descriptors, but for the last chunk."""
         documents = {"documents": [0, 64, 64, 130, 140], "length": 150}

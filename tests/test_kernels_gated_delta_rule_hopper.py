@@ -113,20 +113,38 @@ def test_matches_the_plain_kernels(monkeypatch, options):
         assert error <= BOUNDS[torch.bfloat16] * wanted.nan_to_num().double().norm(), name
 
 
-OVERLAPPED = ["whole chunks", "no states", "documents", "documents, no states", "many chunks", "strided"]
+UNIT = {"beta_scale": 1.0, "l2norm": True}
+IN_WALKS = {
+    **{name: CASES[name] | UNIT for name in ("no states", "documents", "documents, no states", "many chunks")},
+    "documents over rows": CASES["documents over rows"] | {"gate": True},
+    "walks from the beginning": {"length": 64 * 9, "decay": 0.01, **UNIT},
+    "walks of a few chunks": {"length": 64 * 19 + 7, "decay": 0.3, **UNIT},
+    "walks of one chunk": {"length": 64 * 9 + 1, "decay": 8.0, **UNIT, "beta_scale": 2.0},
+    "walks in rows": {"length": 64 * 9 + 1, "batch": 2, "decay": 0.3, "heads": 3, **UNIT},
+}
 
 
-@pytest.mark.parametrize(
-    "options", [CASES[name] | {"beta_scale": 1.0, "l2norm": True} for name in OVERLAPPED], ids=OVERLAPPED
-)
-def test_in_two_ranges_of_chunks_side_by_side(through_hopper, monkeypatch, options):
-    monkeypatch.setattr(kernels(), "_overlaps", lambda p: True)
+@pytest.mark.parametrize("options", IN_WALKS.values(), ids=IN_WALKS)
+def test_in_walks_side_by_side(through_hopper, monkeypatch, options):
+    monkeypatch.setattr(kernels(), "WALK", 1)
+    cut = []
+    walks = kernels().walks
+    monkeypatch.setattr(kernels(), "walks", lambda *args: (cut.append(args[1]), walks(*args))[1])
     example = case(**options)
     found = kernel_outputs(*example)
+    assert len(cut) == 2
+    assert min(cut) > 1
     assert_matches(found, expected(*example), BOUNDS[torch.bfloat16])
-    assert through_hopper.count("launch_scan") == 3
-    monkeypatch.setattr(kernels(), "_overlaps", lambda p: False)
-    assert all(torch.equal(x, found[name]) for name, x in kernel_outputs(*example).items())
+    assert sorted(through_hopper) == ["launch_gradients", "launch_reverse_scan", "launch_scan", "launch_scan"]
+    for _ in range(3):
+        assert all(torch.equal(x, found[name]) for name, x in kernel_outputs(*example).items())
+
+
+def test_keys_of_any_length_are_walked_uncut(monkeypatch):
+    """They can make a state longer, so that no decay is enough to forget it."""
+    monkeypatch.setattr(kernels(), "WALK", 1)
+    monkeypatch.setattr(kernels(), "walks", lambda *args: pytest.fail("cut"))
+    kernel_outputs(*case(length=64 * 9, norm=1.2, decay=0.1))
 
 
 @pytest.mark.parametrize("batch", [1, 8])

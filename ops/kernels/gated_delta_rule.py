@@ -41,13 +41,14 @@ from q3n_functional.ops.chunks import num_chunks, saved_shapes
 from q3n_functional.ops.kernels import gated_delta_rule_hopper as hopper
 from q3n_functional.ops.kernels.gated_delta_rule_hopper_chunks import launch_chunks
 from q3n_functional.ops.kernels.gated_delta_rule_hopper_gradient import launch_gradients
-from q3n_functional.ops.kernels.gated_delta_rule_pieces import cut, fold
+from q3n_functional.ops.kernels.gated_delta_rule_pieces import cut, fold, walks
 from q3n_functional.ops.registration import UnsupportedError
 
 CHUNK_SIZES = (16, 32, 64)
 MAX_HEAD_DIM = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 NUM_SMS = hopper.NUM_SMS
+WALK = 32  # chunks that a piece has at least
 
 
 @triton.jit(do_not_specialize=["num_docs", "num_tokens", "num_chunks"])
@@ -726,6 +727,7 @@ class Problem(NamedTuple):
     table: Tensor
     first_chunk: Tensor
     constants: dict[str, int | bool]
+    walks: Tensor | None = None  # of the pieces, where it is cut: see gated_delta_rule_pieces.py
 
 
 class Config(NamedTuple):
@@ -953,6 +955,20 @@ def _num_pieces(p: Problem) -> int:
     return pieces if pieces >= 8 else 1  # walking twice, M, and more launches
 
 
+def _forgets(qk_l2norm: bool, beta_scale: float) -> bool:
+    """Whether no chunk can make a state longer: keys are of unit length and beta is at most 2."""
+    return qk_l2norm and 0 < beta_scale <= 2
+
+
+def _in_walks(p: Problem, scans: int, gates: Tensor) -> Problem:
+    """The problem for Hopper's kernels, in pieces if the walks of so many scans at once leave half of the card."""
+    programs = 2 * scans * p.num_sequences * p.constants["HV"]
+    if programs == 0:
+        return p
+    num = min(NUM_SMS // programs, p.num_chunks // (WALK * p.num_sequences))
+    return walks(p, num, gates) if num > 1 else p
+
+
 def _piece_starts(
     p: Problem, pieces: Problem, first_piece: Tensor, gates: Tensor, Y: Tensor, P: Tensor | None, scale: float,
     initial: Tensor | None, final: Tensor, scratch: Tensor,
@@ -962,27 +978,6 @@ def _piece_starts(
     H = torch.empty(pieces.num_sequences, c["HV"], c["K"], c["V"], dtype=torch.float32, device=p.q.device)
     _launch_scan(pieces, _scan_config(pieces), gates, Y, P, scale, None, H, scratch, None)
     return fold(p, first_piece, H, _launch_transition(pieces, gates, Y), initial, final)
-
-
-def _overlaps(p: Problem) -> bool:
-    """Whether the scan leaves half of the card to a chunk kernel that is worth two more launches."""
-    programs = 2 * p.num_sequences * p.constants["HV"]
-    return NUM_SMS // 3 < programs < 2 * NUM_SMS // 3 and p.num_chunks * p.constants["HV"] >= 8192
-
-
-def _overlapped(
-    p: Problem, A_log: Tensor | None, dt_bias: Tensor | None, gates: Tensor, Y: Tensor, scale: float,
-    initial: Tensor | None, final: Tensor, o: Tensor,
-) -> None:  # fmt: skip
-    """Forward in two ranges of chunks: the second one's gates and Y are made beside the first one's scan."""
-    middle = p.num_chunks * 9 // 20  # the scan of the first part then takes as long as what runs beside it
-    main, scans = torch.cuda.current_stream(p.q.device), torch.cuda.Stream(p.q.device, priority=-1)
-    for chunks in ((0, middle), (middle, p.num_chunks)):
-        launch_chunks(p, A_log, dt_bias, gates, Y, o, scale, chunks)
-        scans.wait_stream(main)
-        with torch.cuda.stream(scans):
-            hopper.launch_scan(p, gates, Y, scale, initial, final, o, None, chunks)
-    main.wait_stream(scans)
 
 
 def _output_scan(
@@ -1000,6 +995,7 @@ def _output_scan(
 def _gradient_scans(
     p: Problem, grad: Tensor, gates: Tensor, Y: Tensor, P: Tensor | None, scale: float, initial: Tensor | None,
     d_final: Tensor | None, d_initial: Tensor, U: Tensor, h: Tensor, z: Tensor, dh: Tensor, scaled: bool,
+    forgets: bool,
 ) -> None:  # fmt: skip
     """Write U, h, z, dh and, where it is not empty, d_initial."""
     # Neither scan needs the other. Where both fit on the card they run side by side, in wide slices.
@@ -1010,6 +1006,8 @@ def _gradient_scans(
         _launch_reverse_scan(p, config, grad, gates, Y, P, scale, d_final, d_initial, z, dh, scaled)
         _launch_scan(p, config, gates, Y, None, scale, initial, None, U, h)
         return
+    if P is None and forgets:
+        p = _in_walks(p, 2, gates)
     main, other = torch.cuda.current_stream(p.q.device), torch.cuda.Stream(p.q.device)
     other.wait_stream(main)
     with torch.cuda.stream(other):
@@ -1053,11 +1051,11 @@ def forward(
     o = torch.empty(batch, length, heads, V, dtype=v.dtype, device=v.device)
     final = torch.empty(p.num_sequences, heads, K, V, dtype=torch.float32, device=v.device)
     initial = None if initial_state is None else initial_state.contiguous()
-    if P is None and _inverse_precision(v.dtype, qk_l2norm, beta_scale) == "fp16" and _overlaps(p):
-        _overlapped(p, A_log, dt_bias, gates, Y, scale, initial, final, o)
-        return o, final, gates, Y
     _launch_chunks(p, A_log, dt_bias, gates, Y, P, o, scale, qk_l2norm, beta_scale, True)
-    _output_scan(p, gates, Y, P, scale, initial, final, o)
+    if P is None and _forgets(qk_l2norm, beta_scale):
+        hopper.launch_scan(_in_walks(p, 1, gates), gates, Y, scale, initial, final, o, None)
+    else:
+        _output_scan(p, gates, Y, P, scale, initial, final, o)
     return o, final, gates, Y
 
 
@@ -1100,7 +1098,8 @@ def backward(
     d_final = None if dfinal_state is None else dfinal_state.contiguous()
     h = torch.empty_like(dh)
     U = torch.empty_like(dv)
-    _gradient_scans(p, grad, gates, Y, P, scale, initial, d_final, d_initial, U, h, dv, dh, scaled)
+    forgets = _forgets(qk_l2norm, beta_scale)
+    _gradient_scans(p, grad, gates, Y, P, scale, initial, d_final, d_initial, U, h, dv, dh, scaled, forgets)
     del P
 
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)

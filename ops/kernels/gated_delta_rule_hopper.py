@@ -86,12 +86,15 @@ def _load_state(pointer, HALF: gl.constexpr, BV: gl.constexpr, mma: gl.constexpr
 
 
 @gluon.jit
-def _in_range(start, length, chunk, first, end):
-    """What of a sequence lies in the chunks from `first` to `end`, and how many of its chunks come before."""
-    chunks = (length + 63) // 64
-    before = gl.minimum(gl.maximum(first - chunk, 0), chunks)
-    to_end = gl.minimum(gl.maximum(end - chunk, 0), chunks)
-    return start + before * 64, gl.minimum(length, to_end * 64) - before * 64, chunk + before, before
+def _walk(start, length, chunk, walks, REVERSE: gl.constexpr):
+    """What a walk of a piece takes; the chunks of that before its own; the sequences to begin with and to leave."""
+    walks += 3 if REVERSE else 0
+    lead = gl.load(walks)
+    length += lead * 64
+    if not REVERSE:
+        start -= lead * 64
+        chunk -= lead
+    return start, length, chunk, lead, gl.load(walks + 1), gl.load(walks + 2)
 
 
 @gluon.jit
@@ -201,12 +204,15 @@ def _free(empty, pred):
 
 @gluon.jit
 def _scan_consumer(
-    n, length, row, tile, tiles, v_col, before, chunks, o_tma, h_tma, initial, final, o,
+    n, length, row, tile, tiles, v_col, lead, first, last, o_tma, h_tma, initial, final, o,
     k0, k1, q0, q1, vs, ys, ps, xs, outs, h0, h1, full, empty, ready,
     BV: gl.constexpr, STRIDE: gl.constexpr, INITIAL: gl.constexpr, OUTPUT: gl.constexpr, STAGES: gl.constexpr,
     WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Advance the state chunk by chunk; what a chunk's turn computes last is stored in the next one's."""
+    """Advance the state chunk by chunk; what a chunk's turn computes last is stored in the next one's.
+
+    Nothing is stored of the first `lead` chunks. No state is loaded if `first` is below 0, none left if `last` is.
+    """
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 64, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     col: gl.constexpr = gl.SliceLayout(0, mma)
@@ -215,10 +221,7 @@ def _scan_consumer(
     NARROW: gl.constexpr = BV == 64  # then there are registers for more in flight
     S0 = zero
     S1 = zero
-    if before > 0:
-        S0 = _load_state(final, 0, BV, mma)
-        S1 = _load_state(final, 1, BV, mma)
-    elif INITIAL:
+    if INITIAL and first >= 0:
         S0 = _load_state(initial, 0, BV, mma)
         S1 = _load_state(initial, 1, BV, mma)
     low0 = S0.to(dtype)
@@ -284,8 +287,8 @@ def _scan_consumer(
         S1 = warpgroup_mma(A, kk1, S1, is_async=True)
         fence_async_shared()
         barrier()
-        # There is no chunk -1: nothing is stored to a row that does not exist.
-        tma.async_copy_shared_to_global(o_tma, [gl.where(i > 0, row + i * 64 - 64, 1 << 30), v_col], outs)
+        # To a row that does not exist nothing is stored.
+        tma.async_copy_shared_to_global(o_tma, [gl.where(i > lead, row + i * 64 - 64, 1 << 30), v_col], outs)
         if OUTPUT:
             scale_gam = gates.slice(256, 64).load(col)
             beta = gates.slice(64, 64).load(col)  # again, or the products with it are moved before those of S
@@ -299,7 +302,7 @@ def _scan_consumer(
             low1 = _narrow(S1, dtype)
             out = _narrow(warpgroup_mma_wait(0, deps=[PV]), dtype)
         else:
-            state = (tile + i * tiles) * 128
+            state = gl.where(i >= lead, (tile + i * tiles) * 128, 1 << 30)
             tma.async_copy_shared_to_global(h_tma, [state, v_col % 128], h0)
             tma.async_copy_shared_to_global(h_tma, [state + 64, v_col % 128], h1)
             out = _narrow(U, dtype)
@@ -319,21 +322,18 @@ def _scan_consumer(
         outs.permute((1, 0)).store(out)
         barrier()
         _store_rows(outs, o + (n - 1).to(gl.int64) * (64 * STRIDE), STRIDE, length - (n - 1) * 64, BV, WARPS)
-    if OUTPUT and ((n > 0) | (chunks == 0)):
+    if OUTPUT and last >= 0:
         _store_state(final, S0, 0, BV, mma)
         _store_state(final, S1, 1, BV, mma)
 
 
-@gluon.jit(do_not_specialize=["T", "first", "end"])
+@gluon.jit(do_not_specialize=["T"])
 def _scan_kernel(
-    q_tma, k_tma, v_tma, Y_tma, gates_tma, o_tma, h_tma, initial, final, o, cu, first_chunk, T, first, end, scale,
-    HK: gl.constexpr, HV: gl.constexpr, BV: gl.constexpr, DOCUMENTS: gl.constexpr, INITIAL: gl.constexpr,
-    OUTPUT: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
+    q_tma, k_tma, v_tma, Y_tma, gates_tma, o_tma, h_tma, initial, final, o, cu, first_chunk, walks, T, scale,
+    HK: gl.constexpr, HV: gl.constexpr, BV: gl.constexpr, DOCUMENTS: gl.constexpr, PIECES: gl.constexpr,
+    INITIAL: gl.constexpr, OUTPUT: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Forward: o and the final states (OUTPUT), or the chunks' first states h and U (to o), of a range of chunks.
-
-    A sequence that began before the range goes on from `final`.
-    """
+    """Forward: o and the final states (OUTPUT), or the chunks' first states h and U (to o)."""
     NV: gl.constexpr = 128 // BV
     dtype: gl.constexpr = k_tma.dtype
     GATES: gl.constexpr = 8 if OUTPUT else 4  # rows of gates: what the scan has no use for comes last
@@ -342,12 +342,16 @@ def _scan_kernel(
     hv = (pid // NV) % HV
     k_col = hv // (HV // HK) * 128
     v_col = hv * 128 + pid % NV * BV
-    start, length, chunk = _sequence(pid // (NV * HV), cu, first_chunk, T, DOCUMENTS)
-    chunks = (length + 63) // 64
-    start, length, chunk, before = _in_range(start, length, chunk, first, end)
+    first = pid // (NV * HV)
+    start, length, chunk = _sequence(first, cu, first_chunk, T, DOCUMENTS)
+    lead = 0
+    last = first
+    if PIECES:
+        start, length, chunk, lead, first, last = _walk(start, length, chunk, walks + pid // NV * 6, False)
     n = (length + 63) // 64
     tile = chunk * HV + hv
-    state = (pid // NV).to(gl.int64) * (128 * 128) + pid % NV * BV
+    initial += (first * HV + hv).to(gl.int64) * (128 * 128) + pid % NV * BV
+    final += (last * HV + hv).to(gl.int64) * (128 * 128) + pid % NV * BV
     k0 = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], k_tma.layout)
     k1 = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], k_tma.layout)
     vs = gl.allocate_shared_memory(dtype, [STAGES, 64, BV], v_tma.layout)
@@ -379,7 +383,7 @@ def _scan_kernel(
     if OUTPUT:
         gl.warp_specialize([
             (_scan_consumer, (
-                n, length, start, tile, HV, v_col, before, chunks, o_tma, h_tma, initial + state, final + state,
+                n, length, start, tile, HV, v_col, lead, first, last, o_tma, h_tma, initial, final,
                 o + start.to(gl.int64) * (HV * 128) + v_col, k0, k1, q0, q1, vs, ys, ps, xs, outs, h0, h1,
                 full, empty, ready, BV, HV * 128, INITIAL, OUTPUT, STAGES, WARPS,
             )),
@@ -392,7 +396,7 @@ def _scan_kernel(
     else:
         gl.warp_specialize([
             (_scan_consumer, (
-                n, length, start, tile, HV, v_col, before, chunks, o_tma, h_tma, initial + state, final + state,
+                n, length, start, tile, HV, v_col, lead, first, last, o_tma, h_tma, initial, final,
                 o + start.to(gl.int64) * (HV * 128) + v_col, k0, k1, q0, q1, vs, ys, ps, xs, outs, h0, h1,
                 full, empty, ready, BV, HV * 128, INITIAL, OUTPUT, STAGES, WARPS,
             )),
@@ -405,7 +409,7 @@ def _scan_kernel(
 
 @gluon.jit
 def _reverse_scan_consumer(
-    n, length, row, tile, tiles, v_col, z_tma, dh_tma, d_final, d_initial, z,
+    n, length, row, tile, tiles, v_col, lead, first, last, z_tma, dh_tma, d_final, d_initial, z,
     k0, k1, q0, q1, ds, ys, ps, xs, outs, h0, h1, full, empty, ready,
     BV: gl.constexpr, STRIDE: gl.constexpr, FINAL: gl.constexpr, INITIAL: gl.constexpr, SCALED: gl.constexpr,
     STAGES: gl.constexpr, WARPS: gl.constexpr,
@@ -416,12 +420,11 @@ def _reverse_scan_consumer(
     col: gl.constexpr = gl.SliceLayout(0, mma)
     dtype: gl.constexpr = k0.dtype
     zero = gl.zeros([BV, 64], gl.float32, mma)
-    if FINAL:
+    S0 = zero
+    S1 = zero
+    if FINAL and last >= 0:
         S0 = _load_state(d_final, 0, BV, mma)
         S1 = _load_state(d_final, 1, BV, mma)
-    else:
-        S0 = zero
-        S1 = zero
     low0 = S0.to(dtype)
     low1 = S1.to(dtype)
     tail = length % 64
@@ -477,9 +480,9 @@ def _reverse_scan_consumer(
         fence_async_shared()
         barrier()
         # A tail's Z is stored below.
-        stored = (i > 1) | ((i == 1) & (tail == 0))
+        stored = (i > lead) & ((i > 1) | (tail == 0))
         tma.async_copy_shared_to_global(z_tma, [gl.where(stored, row + c * 64 + 64, 1 << 30), v_col], outs)
-        state = (tile + c * tiles) * 128
+        state = gl.where(i >= lead, (tile + c * tiles) * 128, 1 << 30)
         tma.async_copy_shared_to_global(dh_tma, [state, v_col % 128], h0)
         tma.async_copy_shared_to_global(dh_tma, [state + 64, v_col % 128], h1)
         # P^T dO and scale gam dO of the next chunk (behind the last one: of anything, and unused).
@@ -495,7 +498,7 @@ def _reverse_scan_consumer(
         S1 = warpgroup_mma_wait(1, deps=[S1])
         low1 = _narrow(S1, dtype)
         PG = warpgroup_mma_wait(0, deps=[PG])
-        if (c == 0) | ((i == 0) & (tail > 0)):
+        if (c == 0) | ((i == 0) & (tail > 0) & (lead == 0)):
             valid = gl.minimum(length - c * 64, 64)
             tma.store_wait(0)
             barrier()
@@ -503,7 +506,7 @@ def _reverse_scan_consumer(
             barrier()
             _store_rows(outs, z + c.to(gl.int64) * (64 * STRIDE), STRIDE, valid, BV, WARPS)
             barrier()
-    if INITIAL:
+    if INITIAL and first >= 0:
         _store_state(d_initial, S0, 0, BV, mma)
         _store_state(d_initial, S1, 1, BV, mma)
     tma.store_wait(0)
@@ -511,9 +514,9 @@ def _reverse_scan_consumer(
 
 @gluon.jit(do_not_specialize=["T"])
 def _reverse_scan_kernel(
-    q_tma, k_tma, do_tma, Y_tma, gates_tma, z_tma, dh_tma, d_final, d_initial, z, cu, first_chunk, T, scale,
-    HK: gl.constexpr, HV: gl.constexpr, BV: gl.constexpr, DOCUMENTS: gl.constexpr, FINAL: gl.constexpr,
-    INITIAL: gl.constexpr, SCALED: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
+    q_tma, k_tma, do_tma, Y_tma, gates_tma, z_tma, dh_tma, d_final, d_initial, z, cu, first_chunk, walks, T, scale,
+    HK: gl.constexpr, HV: gl.constexpr, BV: gl.constexpr, DOCUMENTS: gl.constexpr, PIECES: gl.constexpr,
+    FINAL: gl.constexpr, INITIAL: gl.constexpr, SCALED: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Backward: the gradient of the state after each chunk (dh), Z, and the gradient of the initial states.
 
@@ -526,10 +529,16 @@ def _reverse_scan_kernel(
     hv = (pid // NV) % HV
     k_col = hv // (HV // HK) * 128
     v_col = hv * 128 + pid % NV * BV
-    start, length, chunk = _sequence(pid // (NV * HV), cu, first_chunk, T, DOCUMENTS)
+    last = pid // (NV * HV)
+    start, length, chunk = _sequence(last, cu, first_chunk, T, DOCUMENTS)
+    lead = 0
+    first = last
+    if PIECES:
+        start, length, chunk, lead, last, first = _walk(start, length, chunk, walks + pid // NV * 6, True)
     n = (length + 63) // 64
     tile = chunk * HV + hv
-    state = (pid // NV).to(gl.int64) * (128 * 128) + pid % NV * BV
+    d_final += (last * HV + hv).to(gl.int64) * (128 * 128) + pid % NV * BV
+    d_initial += (first * HV + hv).to(gl.int64) * (128 * 128) + pid % NV * BV
     k0 = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], k_tma.layout)
     k1 = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], k_tma.layout)
     q0 = gl.allocate_shared_memory(dtype, [STAGES, 64, 64], q_tma.layout)
@@ -553,7 +562,7 @@ def _reverse_scan_kernel(
     barrier()
     gl.warp_specialize([
         (_reverse_scan_consumer, (
-            n, length, start, tile, HV, v_col, z_tma, dh_tma, d_final + state, d_initial + state,
+            n, length, start, tile, HV, v_col, lead, first, last, z_tma, dh_tma, d_final, d_initial,
             z + start.to(gl.int64) * (HV * 128) + v_col, k0, k1, q0, q1, ds, ys, ps, xs, outs, h0, h1,
             full, empty, ready, BV, HV * 128, FINAL, INITIAL, SCALED, STAGES, WARPS,
         )),
@@ -588,14 +597,17 @@ def descriptor(x: Tensor, rows: int, cols: int) -> TensorDescriptor:
     return TensorDescriptor(x, [x.numel() // x.shape[-1], x.shape[-1]], [x.shape[-1], 1], [rows, cols], layout)
 
 
+def _tables(p: Problem, other: Tensor) -> list[Tensor]:
+    """Those of documents and walks, or `other` where the problem has none."""
+    documents = (None, None) if p.cu is None else (p.cu, p.first_chunk)
+    return [other if x is None else x for x in (*documents, p.walks)]
+
+
 def launch_scan(
     p: Problem, gates: Tensor, Y: Tensor, scale: float, initial: Tensor | None, final: Tensor | None, o: Tensor,
-    h: Tensor | None, chunks: tuple[int, int] | None = None,
+    h: Tensor | None,
 ) -> None:  # fmt: skip
-    """Forward's scan (final given: o is the output) or backward's recomputation (h given: o receives U).
-
-    `chunks` is a range of chunks, the first of which goes on from `final`.
-    """
+    """Forward's scan (final given: o is the output) or backward's recomputation (h given: o receives U)."""
     c = p.constants
     # Wide slices read less, narrow ones fill the card where there are few sequences and heads.
     BV, stages = (128, 2) if p.num_sequences * c["HV"] >= NUM_SMS else (64, 3)
@@ -606,10 +618,9 @@ def launch_scan(
         descriptor(Y, 64, 64), descriptor(gates, 8 if h is None else 4, 64),
         descriptor(rows, 64, BV), descriptor(rows if h is None else h, 64, BV),
         gates if initial is None else initial, gates if final is None else final, o,
-        gates if p.cu is None else p.cu, gates if p.cu is None else p.first_chunk, p.length,
-        *(chunks or (0, p.num_chunks)), scale,
-        HK=c["HK"], HV=c["HV"], BV=BV, DOCUMENTS=p.cu is not None, INITIAL=initial is not None, OUTPUT=h is None,
-        STAGES=stages, WARPS=BV // 16, num_warps=BV // 16,
+        *_tables(p, gates), p.length, scale,
+        HK=c["HK"], HV=c["HV"], BV=BV, DOCUMENTS=p.cu is not None, PIECES=p.walks is not None,
+        INITIAL=initial is not None, OUTPUT=h is None, STAGES=stages, WARPS=BV // 16, num_warps=BV // 16,
     )  # fmt: skip
 
 
@@ -627,7 +638,8 @@ def launch_reverse_scan(
         *(descriptor(x, 64, 64) for x in (p.q, p.k)), descriptor(grad, 64, BV),
         descriptor(Y, 64, 64), descriptor(gates, 8, 64), descriptor(z.flatten(0, 1), 64, BV), descriptor(dh, 64, BV),
         gates if d_final is None else d_final, d_initial if d_initial.numel() else gates, z,
-        gates if p.cu is None else p.cu, gates if p.cu is None else p.first_chunk, p.length, scale,
-        HK=c["HK"], HV=c["HV"], BV=BV, DOCUMENTS=p.cu is not None, FINAL=d_final is not None,
-        INITIAL=d_initial.numel() > 0, SCALED=scaled, STAGES=stages, WARPS=BV // 16, num_warps=BV // 16,
+        *_tables(p, gates), p.length, scale,
+        HK=c["HK"], HV=c["HV"], BV=BV, DOCUMENTS=p.cu is not None, PIECES=p.walks is not None,
+        FINAL=d_final is not None, INITIAL=d_initial.numel() > 0, SCALED=scaled, STAGES=stages, WARPS=BV // 16,
+        num_warps=BV // 16,
     )  # fmt: skip

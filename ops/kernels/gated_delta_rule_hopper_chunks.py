@@ -128,9 +128,9 @@ def _inverse_of_blocks(L, Lt):
     return X - one
 
 
-@gluon.jit(do_not_specialize=["T", "first"])
+@gluon.jit(do_not_specialize=["T"])
 def _whole_group_chunk_kernel(
-    q_tma, k_tma, Y_tma, g, beta, A_log, dt_bias, table, gates, o, T, first, scale,
+    q_tma, k_tma, Y_tma, g, beta, A_log, dt_bias, table, gates, o, T, scale,
     g_token, g_head, beta_token, beta_head,
     HK: gl.constexpr, HV: gl.constexpr, DOCUMENTS: gl.constexpr, ACTIVATE: gl.constexpr, ZERO: gl.constexpr,
 ):  # fmt: skip
@@ -138,7 +138,7 @@ def _whole_group_chunk_kernel(
     dtype: gl.constexpr = k_tma.dtype
     HEADS: gl.constexpr = HV // HK
     pid = gl.program_id(0)
-    chunk = first + pid // HK
+    chunk = pid // HK
     hk = pid % HK
     hv = hk * HEADS  # the first
     start, length = _chunk_range(chunk, table, T, DOCUMENTS)
@@ -261,19 +261,14 @@ def _whole_group_chunk_kernel(
 
 
 def launch_chunks(
-    p: Problem, A_log: Tensor | None, dt_bias: Tensor | None, gates: Tensor, Y: Tensor, o: Tensor | None, scale: float,
-    chunks: tuple[int, int] | None = None,
-) -> None:  # fmt: skip
-    """Write gates, Y and the zeros of o behind the documents; keys are of unit length and beta = sigmoid(beta).
-
-    `chunks` is a range of chunks.
-    """
+    p: Problem, A_log: Tensor | None, dt_bias: Tensor | None, gates: Tensor, Y: Tensor, o: Tensor | None, scale: float
+) -> None:
+    """Write gates, Y and the zeros of o behind the documents; keys are of unit length and beta = sigmoid(beta)."""
     c = p.constants
-    first, end = chunks or (0, p.num_chunks)
     none = gates  # a kernel takes no None: what a call has no use for is another tensor
-    _whole_group_chunk_kernel[((end - first) * c["HK"],)](
+    _whole_group_chunk_kernel[(p.num_chunks * c["HK"],)](
         *(descriptor(x, 64, 64) for x in (p.q, p.k, Y)), p.g, p.beta, none if A_log is None else A_log,
         none if dt_bias is None else dt_bias, p.table if p.cu is not None else none, gates, none if o is None else o,
-        p.length, first, scale, *p.g.stride(), *p.beta.stride(), HK=c["HK"], HV=c["HV"], DOCUMENTS=p.cu is not None,
+        p.length, scale, *p.g.stride(), *p.beta.stride(), HK=c["HK"], HV=c["HV"], DOCUMENTS=p.cu is not None,
         ACTIVATE=A_log is not None, ZERO=o is not None and p.cu is not None, num_warps=4,
     )  # fmt: skip

@@ -1,10 +1,15 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 """Long sequences of few heads, cut into pieces that are walked side by side.
 
-A piece takes the state S in front of it to M S + H: H is the state behind it that starts from none, M its transition.
-So all pieces are walked at once for H and M, the states in front of them follow by a short walk over pieces, and with
-these all pieces are walked at once again (Martin and Cundy 2018, parallel scans of linear recurrences). Backward goes
-uncut: its two scans share the card already, and M^T with two more walks took as long.
+Where keys are of unit length and beta is at most 2, a chunk cannot make a state longer, only shorter, by its decay. So
+a piece's walk begins some chunks before the piece, with no state: so many that the decay over them is below 2^-64, or,
+if it nowhere is, at the sequence's beginning. Walks side by side then take as long as the longest, never longer than an
+uncut one, and what they leave out is beyond the state's digits. Backward's reverse walks begin as many chunks behind.
+
+Elsewhere a piece takes the state S in front of it to M S + H: H is the state behind it that starts from none, M its
+transition. So all pieces are walked at once for H and M, the states in front of them follow by a short walk over
+pieces, and with these all pieces are walked at once again (Martin and Cundy 2018, parallel scans of linear
+recurrences). Backward then goes uncut: its two scans share the card already, and M^T with two more walks took as long.
 """
 
 from __future__ import annotations
@@ -20,6 +25,10 @@ if TYPE_CHECKING:
     from q3n_functional.ops.kernels.gated_delta_rule import Problem
 
 
+FLOOR = -64.0
+"""log2 of the decay behind which a state is not looked for: fp32 has 24 digits."""
+
+
 @triton.jit(do_not_specialize=["num_sequences", "T", "num_pieces", "size"])
 def _pieces_kernel(
     cu, first_chunk, piece_cu, piece_chunk, first_piece, num_sequences, T, num_pieces, size,
@@ -27,8 +36,8 @@ def _pieces_kernel(
 ):  # fmt: skip
     """First token and first chunk of each piece, and the first piece of each sequence; program n is sequence n.
 
-    Pieces follow each other in the stream, so one ends where the next begins. The last program fills what is left with
-    empty pieces at the end.
+    Pieces follow each other in the stream, so one ends where the next begins; an empty sequence is one piece. The last
+    program fills what is left with empty pieces at the end.
     """
     n = tl.program_id(0)
     i = tl.arange(0, BLOCK)
@@ -38,7 +47,7 @@ def _pieces_kernel(
             length = tl.load(cu + m + i + 1, mask=m + i < n, other=0) - tl.load(cu + m + i, mask=m + i < n, other=0)
         else:
             length = tl.where(m + i < n, T, 0)
-        piece += tl.sum((length + size - 1) // size, 0)
+        piece += tl.sum(tl.where(m + i < n, tl.maximum((length + size - 1) // size, 1), 0), 0)
     tl.store(first_piece + n, piece)
     chunk = 0
     if DOCUMENTS:
@@ -50,13 +59,64 @@ def _pieces_kernel(
         start = n * T
         end = tl.minimum(n + 1, num_sequences) * T
         chunk = n * ((T + C - 1) // C)
-    count = (end - start + size - 1) // size
+    count = tl.maximum((end - start + size - 1) // size, 1)
     if n == num_sequences:
         count = num_pieces + 1 - piece
     for m in range(0, count, BLOCK):
         at = piece + m + i
         tl.store(piece_cu + at, tl.minimum(start + (m + i) * size, end), mask=m + i < count)
         tl.store(piece_chunk + at, chunk + (m + i) * (size // C), mask=m + i < count)
+
+
+@triton.jit
+def _chunks_to_floor(decays, step, limit, FLOOR: tl.constexpr, BLOCK: tl.constexpr):
+    """How many decays (log2), from `decays` on and `step` apart, add up to less than FLOOR: `limit` if none do."""
+    i = tl.arange(0, BLOCK)
+    count = 0
+    total = 0.0
+    while (count < limit) & (total >= FLOOR):
+        x = tl.load(decays + (count + i).to(tl.int64) * step, mask=count + i < limit, other=0.0)
+        sums = total + tl.cumsum(x, 0)
+        below = tl.min(tl.where(sums < FLOOR, i, BLOCK), 0)
+        count = tl.minimum(count + tl.minimum(below + 1, BLOCK), limit)
+        total = tl.where(below < BLOCK, FLOOR - 1, total + tl.sum(x, 0))
+    return count, total < FLOOR
+
+
+@triton.jit(do_not_specialize=["num_sequences"])
+def _walks_kernel(
+    gates, piece_cu, piece_chunk, first_piece, walks, num_sequences,
+    HV: tl.constexpr, C: tl.constexpr, FLOOR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of each piece and head, forward and in reverse: the chunks that its walk takes before its own, the sequence whose
+    given state it begins with, and that whose last state it leaves (-1: none)."""
+    pid = tl.program_id(0)
+    piece = pid // HV
+    i = tl.arange(0, BLOCK)
+    n = 0
+    for m in range(0, num_sequences, BLOCK):
+        ends = tl.load(first_piece + m + i + 1, mask=m + i < num_sequences, other=2147483647)
+        n += tl.sum((ends <= piece).to(tl.int32), 0)
+    walks += pid * 6
+    if n < num_sequences:
+        first, end = tl.load(first_piece + n), tl.load(first_piece + n + 1)
+        start = tl.load(piece_cu + first)
+        chunk = tl.load(piece_chunk + piece)
+        before = chunk - tl.load(piece_chunk + first)
+        all_chunks = (tl.load(piece_cu + end) - start + C - 1) // C
+        own_end = (tl.load(piece_cu + piece + 1) - start + C - 1) // C
+        decays = gates + (chunk.to(tl.int64) * HV + pid % HV) * (7 * C) + C - 1
+        lead, cut_off = _chunks_to_floor(decays - HV * 7 * C, -HV * 7 * C, before, FLOOR, BLOCK)
+        tl.store(walks, lead)
+        tl.store(walks + 1, tl.where(cut_off, -1, n))
+        tl.store(walks + 2, tl.where(piece == end - 1, n, -1))
+        behind = (own_end - before).to(tl.int64) * (HV * 7 * C)
+        lead, cut_off = _chunks_to_floor(decays + behind, HV * 7 * C, all_chunks - own_end, FLOOR, BLOCK)
+        tl.store(walks + 3, lead)
+        tl.store(walks + 4, tl.where(cut_off, -1, n))
+        tl.store(walks + 5, tl.where(piece == first, n, -1))
+    else:
+        tl.store(walks + tl.arange(0, 8), tl.where(tl.arange(0, 8) % 3 > 0, -1, 0), mask=tl.arange(0, 8) < 6)
 
 
 @triton.jit
@@ -108,6 +168,19 @@ def cut(p: Problem, pieces: int) -> tuple[Problem, Tensor]:
         constants={**p.constants, "DOCUMENTS": True},
     )  # fmt: skip
     return cut_, first_piece
+
+
+def walks(p: Problem, pieces: int, gates: Tensor) -> Problem:
+    """As `cut`, with the walks of pieces and heads; for unit keys and beta to 2 alone."""
+    cut_, first_piece = cut(p, pieces)
+    assert cut_.cu is not None
+    heads = p.constants["HV"]
+    table = torch.empty(cut_.num_sequences, heads, 6, dtype=torch.int32, device=gates.device)
+    _walks_kernel[(cut_.num_sequences * heads,)](
+        gates, cut_.cu, cut_.first_chunk, first_piece, table, p.num_sequences, HV=heads, C=p.constants["C"],
+        FLOOR=FLOOR, BLOCK=128, num_warps=1,
+    )  # fmt: skip
+    return cut_._replace(walks=table)
 
 
 def fold(p: Problem, first_piece: Tensor, H: Tensor, M: Tensor, first: Tensor | None, last: Tensor) -> Tensor:
