@@ -49,9 +49,9 @@ def attention(
     What lies behind the last document gives zeros and has zero gradients.
 
     scale defaults to 1/sqrt(K). Saved for backward: the inputs, the output, and the fp32 log-partitions, 4 H bytes a
-    token. On CUDA, `impl="triton"` asks for torch's flash attention (Dao 2023), which takes bf16 and fp16 and head
-    dims to 256 that are multiples of 8, and differentiates all but the cache; its dq is repeatable bit by bit only
-    under torch.use_deterministic_algorithms.
+    token. On CUDA, `impl="triton"` asks for torch's flash attention (Dao 2023), or on Hopper for whole rows cuDNN's,
+    which take bf16 and fp16 and head dims to 256 that are multiples of 8, and differentiate all but the cache; flash
+    attention's dq is repeatable bit by bit only under torch.use_deterministic_algorithms.
 
     Raises ValueError for shapes or dtypes that do not fit.
     """

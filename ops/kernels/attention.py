@@ -1,10 +1,13 @@
-"""Attention on CUDA by torch's flash attention (Dao 2023), given where each sequence lies.
+"""Attention on CUDA by torch's flash attention (Dao 2023), given where each sequence lies; whole rows by cuDNN's.
 
-Chosen among what torch 2.11 to 2.13 offers for a head dim of 256 and lengths known on the device alone: it takes
-documents by their offsets without a mask, shares key/value heads without copies, and compiles nothing for a shape.
-(FlexAttention compiles for each shape and falls back to a [T, T] matrix where it is not compiled; cuDNN builds a plan
-for each shape; scaled_dot_product_attention with a mask writes the mask down.)
+Chosen among what torch 2.11 to 2.13 offers for a head dim of 256, by examples/benchmarks/attention.py. Flash attention
+takes documents by offsets that the device alone knows, without a mask, shares key/value heads without copies, and
+prepares nothing for a shape. On Hopper cuDNN's takes 0.6 of its time for rows of one length, and builds a plan for each
+length, 0.15 s once; its kernels for documents gave wrong gradients. (FlexAttention compiles for each shape, and its
+backward takes twice the time; scaled_dot_product_attention with a mask writes the mask down.)
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +45,35 @@ def _zero_behind(x_BTHK: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return x_BTHK
 
 
+def _cudnn_serves(q: Tensor, k: Tensor, *given: Tensor | None) -> bool:
+    """Whether cuDNN's kernels take whole rows, without `given` documents, cache or keys: on Hopper, where measured."""
+    if any(x is not None for x in given) or torch.cuda.get_device_capability(q.device)[0] != 9:
+        return False
+    params: Any = torch.backends.cuda.SDPAParams  # its stub lacks an argument
+    heads = (x.transpose(1, 2) for x in (q, k, k))
+    return torch.backends.cuda.can_use_cudnn_attention(params(*heads, None, 0.0, True, True))
+
+
+def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    heads = (x.contiguous().transpose(1, 2) for x in (q, k, v))
+    o, lse_BHT1, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        *heads, None, True, 0.0, True, False, scale=scale
+    )
+    return o.transpose(1, 2).contiguous(), lse_BHT1[..., 0].transpose(1, 2).contiguous()
+
+
+def _cudnn_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, ...]:
+    heads = (x.contiguous().transpose(1, 2) for x in (do, q, k, v, o))
+    unused = torch.zeros((), dtype=torch.int64, device=q.device)  # of dropout
+    gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        *heads, lse.transpose(1, 2).contiguous()[..., None], unused, unused, None, None, None, q.shape[1], k.shape[1],
+        0.0, True, scale=scale,
+    )  # fmt: skip
+    return tuple(x.transpose(1, 2).contiguous() for x in gradients)
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -55,6 +87,8 @@ def forward(
     _check(q)
     if not q.numel():
         return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    if _cudnn_serves(q, k, cu_seqlens, lengths, keys):
+        return _cudnn_forward(q, k, v, scale)
     offsets = _rows(q) if cu_seqlens is None else cu_seqlens
     key_offsets, used = (offsets, None) if lengths is None else (_rows(k), lengths + offsets.diff())
     if keys is not None:
@@ -86,6 +120,8 @@ def backward(
         raise UnsupportedError("flash attention does not differentiate a cache of keys")
     if not q.numel():
         return tuple(torch.empty_like(x) for x in (q, k, v))
+    if _cudnn_serves(q, k, cu_seqlens, keys):
+        return _cudnn_backward(do, q, k, v, o, lse, scale)
     offsets = _rows(q) if cu_seqlens is None else cu_seqlens
     unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout
     gradients = torch.ops.aten._flash_attention_backward(
