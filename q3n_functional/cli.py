@@ -31,13 +31,14 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 import tyro
 from tyro.conf import Positional, arg
 
-from q3n_functional.cli_serve import chat, serve
+from q3n_functional.cli_serve import Sampling, chat, serve
 
 if TYPE_CHECKING:
     from q3n_functional.config import Config
     from q3n_functional.parallel.launch import World
 
-# Commands import what they need: help and usage errors then come without the second that torch takes to load.
+# Commands import what they need: help and usage errors come without the second that torch takes to load, but for the
+# commands whose options are defined beside it: train, profile, generate and chat.
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -108,25 +109,25 @@ class Shares:
     """The number of ranks that share the experts."""
 
 
-def generate(
+def generate(arguments: Sequence[str]) -> None:
+    """Runs `q3n generate`, on one rank of a mesh under torchrun."""
+    from q3n_functional.parallel.launch import world
+
+    with _as_rank(world()):
+        tyro.cli(_generate, prog="q3n generate", args=arguments)
+
+
+def _generate(
     folder: Annotated[Path, arg(metavar="FOLDER"), Positional],
     prompt: Annotated[str, arg(metavar="PROMPT"), Positional],
     *,
     max_new_tokens: int = 256,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    presence_penalty: float = 0.0,
-    frequency_penalty: float = 0.0,
-    logit_bias: dict[int, float] = {},  # noqa: B006  # tyro's default
-    seed: int = 0,
     stop: tuple[str, ...] = (),
     chunk_length: int = 4096,
     draft_tokens: int = 0,
     compile: bool = False,
     device: str = "auto",
+    options: Sampling,
     mesh: Shares = Shares(),
 ) -> None:
     """Continues PROMPT with the model in FOLDER, and prints the text as it is written.
@@ -135,20 +136,12 @@ def generate(
         folder: a Hugging Face folder, a checkpoint step-N, or a run with checkpoints.
         prompt: the text to continue.
         max_new_tokens: the most tokens to write.
-        temperature: 0 takes the likeliest token each time.
-        top_k: draw among this many likeliest tokens; 0 for all.
-        top_p: draw among the fewest likeliest tokens with this much probability together.
-        min_p: draw among the tokens with at least this share of the likeliest one's probability.
-        repetition_penalty: divides the logits of tokens in prompt and text; 1 for none.
-        presence_penalty: lowers the logits of tokens in the text.
-        frequency_penalty: lowers the logits of tokens in the text each time they are there.
-        logit_bias: token ids and what is added to their logits, in pairs.
-        seed: the same seed writes the same text.
         stop: texts that end the writing and are not printed.
         chunk_length: tokens of the prompt that are read at once, which bounds the memory.
         draft_tokens: tokens that the prediction module drafts a step; the text stays the same.
         compile: compile the step first, which pays for long texts on cuda.
         device: "auto" is cuda where there is one, else cpu.
+        options: how tokens are drawn.
         mesh: how many ranks share the model.
     """
     from q3n_functional import tokenizer
@@ -156,37 +149,27 @@ def generate(
     from q3n_functional.generate import generate as write
     from q3n_functional.parallel import decode, launch
     from q3n_functional.parallel.mesh import Mesh, check_size
-    from q3n_functional.sampling import Options
     from q3n_functional.step import pick_device
     from q3n_functional.train_state import model_folder
 
-    where = launch.world()
-    with _as_rank(where):
-        options = Options(
-            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
-            presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, logit_bias=logit_bias, seed=seed,
+    where, layout, found = launch.world(), Mesh(tp=mesh.tp, ep=mesh.ep), model_folder(folder)
+    check_size(layout, where.size)
+    check_drafts(draft_tokens, where.size)
+    words, on = tokenizer.read(found / "tokenizer.json"), launch.own_device(pick_device(device), where)
+    with launch.joined(where, on), launch.watched(where, lambda: "launch it again"):
+        model, parallel = decode.load(found, layout, on, where)
+        start = partial(
+            write, model.params, tokenizer.encode(words, [prompt])[0], parallel, config=model.config,
+            max_new_tokens=max_new_tokens, options=options, stop_tokens=_ends(model.config), chunk_length=chunk_length,
+            draft_tokens=draft_tokens, compile=compile,
         )  # fmt: skip
-        layout, found = Mesh(tp=mesh.tp, ep=mesh.ep), model_folder(folder)
-        check_size(layout, where.size)
-        check_drafts(draft_tokens, where.size)
-        words, on = tokenizer.read(found / "tokenizer.json"), launch.own_device(pick_device(device), where)
-        with launch.joined(where, on), launch.watched(where, lambda: "launch it again"):
-            model, parallel = decode.load(found, layout, on, where)
-            end = model.config.eos_token_id
-            start = partial(
-                write,
-                model.params,
-                tokenizer.encode(words, [prompt])[0],
-                parallel,
-                config=model.config,
-                max_new_tokens=max_new_tokens,
-                options=options,
-                chunk_length=chunk_length,
-                draft_tokens=draft_tokens,
-                compile=compile,
-                stop_tokens=(end,) if isinstance(end, int) else end or (),
-            )
-            _print(chain([prompt], tokenizer.stream(words, launch.together(start), stop)), where)
+        _print(chain([prompt], tokenizer.stream(words, launch.together(start), stop)), where)
+
+
+def _ends(config: Config) -> tuple[int, ...]:
+    """The tokens that end a text."""
+    end = config.eos_token_id
+    return (end,) if isinstance(end, int) else end or ()
 
 
 def _print(pieces: Iterable[str], where: World) -> None:
@@ -336,8 +319,10 @@ def _config(model: str) -> Config:
 MISTAKES = (ValueError, FileNotFoundError, FloatingPointError)
 """Of the user: they end in one line rather than a traceback."""
 
+PARSING = {"train": train, "profile": profile, "generate": generate}
+"""Commands that parse their arguments themselves."""
+
 COMMANDS: dict[str, Callable[..., None]] = {
-    "generate": generate,
     "chat": chat,
     "serve": serve,
     "convert": convert,
@@ -367,11 +352,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(name: str, arguments: Sequence[str]) -> None:
-    if name == "train":
-        train(arguments)
-    elif name == "profile":
-        profile(arguments)
+    if name in PARSING:
+        PARSING[name](arguments)
     elif name in COMMANDS:
         tyro.cli(COMMANDS[name], prog=f"q3n {name}", args=arguments)
     else:
-        raise ValueError(f"there is no command {name!r}, only train, profile, {', '.join(COMMANDS)}")
+        raise ValueError(f"there is no command {name!r}, only {', '.join([*PARSING, *COMMANDS])}")

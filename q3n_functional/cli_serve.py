@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from tyro.conf import Positional, arg
 
 if TYPE_CHECKING:
     import torch
 
+    from q3n_functional.sampling import Options
+
 DType = Literal["keep", "float32", "bfloat16", "float16"]
+
+
+def _options() -> type[Options]:
+    from q3n_functional.sampling import Options
+
+    return Options
+
+
+Sampling = Annotated[Any, arg(name="", constructor_factory=_options)]
+"""`sampling.Options` as options of a command; it comes with torch, so only the commands that have it import it."""
 
 
 def chat(
@@ -19,15 +31,9 @@ def chat(
     system: str = "",
     max_length: int = 0,
     max_new_tokens: int = 1024,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    presence_penalty: float = 0.0,
-    seed: int = 0,
     dtype: DType = "keep",
     device: str = "auto",
+    options: Sampling,
 ) -> None:
     """Talks with the model in FOLDER by its chat template: a line is a turn, Ctrl-C ends an answer, Ctrl-D the talk.
 
@@ -36,27 +42,19 @@ def chat(
         system: what the model is told first.
         max_length: tokens of the whole conversation; 0 for the model's positions, at most 8192.
         max_new_tokens: the most tokens of an answer.
-        temperature: 0 takes the likeliest token each time.
-        top_k: draw among this many likeliest tokens; 0 for all.
-        top_p: draw among the fewest likeliest tokens with this much probability together.
-        min_p: draw among the tokens with at least this share of the likeliest one's probability.
-        repetition_penalty: divides the logits of tokens in prompt and text; 1 for none.
-        presence_penalty: lowers the logits of tokens in the text.
-        seed: the same seed gives the same answers.
         dtype: of the weights; those that are always float32 stay so.
         device: "auto" is cuda where there is one, else cpu.
+        options: how tokens are drawn.
     """
     from q3n_functional import chat as chats
     from q3n_functional.config import Config
-    from q3n_functional.sampling import Options
+    from q3n_functional.sampling import check_bias
     from q3n_functional.train_state import model_folder
 
-    options = Options(
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty, seed=seed,
-    )  # fmt: skip
     found = model_folder(folder)
-    length = chats.room(Config.from_json(found / "config.json"), max_length)
+    config = Config.from_json(found / "config.json")
+    length = chats.room(config, max_length)
+    check_bias(options, config.vocab_size)
     if chats.read(found) is None:
         raise ValueError(f"{found} has no chat template (chat_template.jinja): use q3n generate")
     if max_new_tokens < 1:
@@ -75,7 +73,7 @@ def serve(
     max_queue: int = 256,
     prefix_mib: int = 256,
     chunk_length: int = 4096,
-    drafts: int = 0,
+    draft_tokens: int = 0,
     compile: bool = False,
     dtype: DType = "keep",
     device: str = "auto",
@@ -94,7 +92,7 @@ def serve(
         max_queue: texts that may wait; more are refused with status 429.
         prefix_mib: memory for common beginnings, in MiB, which are then read once; 0 for none.
         chunk_length: tokens of prompts that are read at once, which bounds the memory.
-        drafts: tokens that the prediction module drafts a step for each text, which stays the same.
+        draft_tokens: tokens that the prediction module drafts a step for each text, which stays the same.
         compile: compile the step first, which pays on cuda.
         dtype: of the weights; those that are always float32 stay so.
         device: "auto" is cuda where there is one, else cpu.
@@ -102,6 +100,7 @@ def serve(
     from q3n_functional import chat as chats
     from q3n_functional.batching import Engine
     from q3n_functional.checkpoint import read_config
+    from q3n_functional.generate import check_drafts
     from q3n_functional.train_state import model_folder
 
     try:
@@ -110,17 +109,17 @@ def serve(
         raise ValueError(f"q3n serve: {error}: pip install 'q3n-functional[serve]'") from error
     if capacity < 1:
         raise ValueError(f"capacity must be 1 or more, got {capacity}")
-    if drafts < 0:
-        raise ValueError(f"drafts must be 0 (none) or more, got {drafts}")
+    check_drafts(draft_tokens, 1)
     found = model_folder(folder)
     config = read_config(found)
-    if drafts and not config.num_nextn_predict_layers:
-        raise ValueError(f"the model in {found} has no prediction module (mtp) to draft with: leave out --drafts")
+    if draft_tokens and not config.num_nextn_predict_layers:
+        raise ValueError(f"the model in {found} has no prediction module (mtp) to draft with: leave out --draft-tokens")
     length = chats.room(config, max_length)
     speaker = chats.load(found, _dtype(dtype), device)
     engine = Engine(
         speaker.model.params, speaker.model.config, rows=capacity, capacity=length, tokenizer=speaker.words,
-        max_queue=max_queue, chunk_length=chunk_length, prefix_bytes=prefix_mib << 20, drafts=drafts, compile=compile,
+        max_queue=max_queue, chunk_length=chunk_length, prefix_bytes=prefix_mib << 20, drafts=draft_tokens,
+        compile=compile,
     )  # fmt: skip
     run(engine, speaker, name or folder.resolve().name, host, port)
 

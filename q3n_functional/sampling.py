@@ -18,16 +18,22 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How one sequence's tokens are drawn. The order is that of the fields, from `logit_bias` up to `repetition`.
+    """How one sequence's tokens are drawn. Raises ValueError for a value out of range.
 
-    temperature: 0 takes the likeliest token. top_k: draw among this many likeliest tokens, 0 for all; top_p: among the
-    fewest that have this much probability together (Holtzman et al. 2020); min_p: among those with at least this share
-    of the likeliest one's probability (Nguyen et al. 2024). Tokens that are equally likely stay or go together.
-    repetition_penalty: divides the positive logits of tokens in prompt and text, and multiplies the negative ones
-    (Keskar et al. 2019). presence_penalty, frequency_penalty: subtracted from the logits of tokens in the text, once or
-    as often as they are there. logit_bias: added to the logits of these tokens. seed: any 64-bit integer.
+    Logits get the bias, the penalties in the order below and the temperature; then top_k, top_p (Holtzman et al. 2020)
+    and min_p (Nguyen et al. 2024) leave tokens out, those that are equally likely together. The repetition penalty
+    multiplies negative logits (Keskar et al. 2019). The command line's help is what stands here.
 
-    Raises ValueError for a value out of range.
+    Attributes:
+        temperature: 0 takes the likeliest token each time.
+        top_k: draw among this many likeliest tokens; 0 for all.
+        top_p: draw among the fewest likeliest tokens with this much probability together; 1 for all.
+        min_p: draw among the tokens with at least this share of the likeliest one's probability.
+        repetition_penalty: divides the logits of tokens in prompt and text; 1 for none.
+        presence_penalty: subtracted once from the logits of tokens in the text.
+        frequency_penalty: subtracted from the logits of tokens in the text as often as they are there.
+        seed: the same seed writes the same text; any signed 64-bit integer.
+        logit_bias: token ids and what is added to their logits, in pairs.
     """
 
     temperature: float = 1.0

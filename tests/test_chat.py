@@ -13,6 +13,7 @@ from q3n_functional import chat, checkpoint, cli, tokenizer
 from q3n_functional.sampling import Options
 from tests.configs import small
 from tests.servers import CONFIG, SOURCE, TEMPLATE, TREE, WORDS, alone
+from tests.test_cli import failure
 
 IM = ["<|im_start|>", "<|im_end|>"]
 CHATML = (
@@ -154,6 +155,12 @@ def test_without_a_template_a_talk_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["chat", str(tmp_path / "model")])
     assert "has no chat template (chat_template.jinja): use q3n generate" in capsys.readouterr().err
+
+
+def test_a_bias_outside_the_vocabulary_is_refused_before_weights_are_read(folder, monkeypatch, capsys):
+    monkeypatch.setattr(chat, "load", None)
+    said = failure(capsys, "chat", folder, "--logit-bias", CONFIG.vocab_size, 1)
+    assert said == f"a token of logit_bias must be in [0, {CONFIG.vocab_size}), got {CONFIG.vocab_size}"
 
 
 def test_an_interrupt_ends_the_answer_alone(folder):

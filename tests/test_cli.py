@@ -46,7 +46,7 @@ def help_text(capsys, *arguments):
         cli.main([*arguments, "--help"])
     words = " ".join(re.sub(r"[─│╭╮╰╯]|-{3,}", " ", capsys.readouterr().out).split())
     return re.sub(
-        r" (?=positional arg|options -|-h, |--[a-z]|[A-Z]{4,} the |[A-Z]{4,} an? |[A-Z][a-z]+s [tP])", "\n", words
+        r" (?=positional arg|options -|mesh options|-h, |--[a-z]|[A-Z]{4,} (?:the|an?) |[A-Z][a-z]+s [tP])", "\n", words
     )
 
 
@@ -94,21 +94,22 @@ options
 -h,
 --help show this help message and exit
 --max-new-tokens INT the most tokens to write. (default: 256)
---temperature FLOAT 0 takes the likeliest token each time. (default: 1.0)
---top-k INT draw among this many likeliest tokens; 0 for all. (default: 0)
---top-p FLOAT draw among the fewest likeliest tokens with this much probability together. (default: 1.0)
---min-p FLOAT draw among the tokens with at least this share of the likeliest one's probability. (default: 0.0)
---repetition-penalty FLOAT divides the logits of tokens in prompt and text; 1 for none. (default: 1.0)
---presence-penalty FLOAT lowers the logits of tokens in the text. (default: 0.0)
---frequency-penalty FLOAT lowers the logits of tokens in the text each time they are there. (default: 0.0)
---logit-bias [INT FLOAT [INT FLOAT ...]] token ids and what is added to their logits, in pairs. (default: )
---seed INT the same seed writes the same text. (default: 0)
 --stop [STR [STR ...]] texts that end the writing and are not printed. (default: )
 --chunk-length INT tokens of the prompt that are read at once, which bounds the memory. (default: 4096)
 --draft-tokens INT tokens that the prediction module drafts a step; the text stays the same. (default: 0)
 --compile,
 --no-compile compile the step first, which pays for long texts on cuda. (default: False)
---device STR "auto" is cuda where there is one, else cpu. (default: auto) mesh options how many ranks share the model.
+--device STR "auto" is cuda where there is one, else cpu. (default: auto)
+--temperature FLOAT 0 takes the likeliest token each time. (default: 1.0)
+--top-k INT draw among this many likeliest tokens; 0 for all. (default: 0)
+--top-p FLOAT draw among the fewest likeliest tokens with this much probability together; 1 for all. (default: 1.0)
+--min-p FLOAT draw among the tokens with at least this share of the likeliest one's probability. (default: 0.0)
+--repetition-penalty FLOAT divides the logits of tokens in prompt and text; 1 for none. (default: 1.0)
+--presence-penalty FLOAT subtracted once from the logits of tokens in the text. (default: 0.0)
+--frequency-penalty FLOAT subtracted from the logits of tokens in the text as often as they are there. (default: 0.0)
+--seed INT the same seed writes the same text; any signed 64-bit integer. (default: 0)
+--logit-bias [INT FLOAT [INT FLOAT ...]] token ids and what is added to their logits, in pairs. (default: )
+mesh options how many ranks share the model.
 --mesh.tp INT The number of ranks that share heads, widths and vocabulary. (default: 1)
 --mesh.ep INT The number of ranks that share the experts. (default: 1)""",
     )

@@ -268,7 +268,7 @@ def test_the_command_serves_until_it_is_told_to_end(folder):
         (("--capacity", "0"), "capacity must be 1 or more, got 0"),
         (("--max-length", "2000"), "max_length must be 1 to 1024, the model's positions, or 0 to choose; got 2000"),
         (("--max-queue", "0"), "max_queue must be 1 or more, got 0"),
-        (("--drafts", "-1"), "drafts must be 0 (none) or more, got -1"),
+        (("--draft-tokens", "-1"), "draft_tokens must be 0 (none) or more, got -1"),
         (("--prefix-mib", "-1"), "max_bytes must be 0 (nothing is kept) or more, got -1048576"),
     ],
 )
@@ -283,9 +283,9 @@ def test_drafts_need_a_prediction_module(tmp_path, monkeypatch, capsys):
     checkpoint.save(tmp_path, TREE._replace(mtp=()), dataclasses.replace(CONFIG, num_nextn_predict_layers=0))
     monkeypatch.setattr(chat, "load", lambda *_: pytest.fail("the weights are read"))
     with pytest.raises(SystemExit, match="2"):
-        cli.main(["serve", str(tmp_path), "--drafts", "2"])
+        cli.main(["serve", str(tmp_path), "--draft-tokens", "2"])
     assert capsys.readouterr().err == (
-        f"q3n: the model in {tmp_path} has no prediction module (mtp) to draft with: leave out --drafts\n"
+        f"q3n: the model in {tmp_path} has no prediction module (mtp) to draft with: leave out --draft-tokens\n"
     )
 
 
@@ -297,7 +297,7 @@ def test_config_json_need_not_name_the_prediction_module(folder, tmp_path, monke
     (made / "config.json").write_text(json.dumps(said))
     given = []
     monkeypatch.setattr(serve, "run", lambda engine, *_: given.append(engine))
-    cli.main(["serve", str(made), "--drafts", "2", "--prefix-mib", "1"])
+    cli.main(["serve", str(made), "--draft-tokens", "2", "--prefix-mib", "1"])
     assert (given[0].drafts, given[0].prefix_bytes) == (2, 1 << 20)
 
 
