@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch.utils._pytree import tree_map
 
-from q3n_functional import corpus, data, model, optim, params, tokenizer
+from q3n_functional import compiled, corpus, data, model, optim, params, tokenizer
 from q3n_functional.config import PRESETS
 
 steps = int(sys.argv[1]) if len(sys.argv) > 1 else 300
@@ -31,7 +31,7 @@ state = optim.init(masters, groups)
 
 # Two graphs: the gradient is taken outside the first, so that its partitioner can recompute instead of storing.
 loss = torch.compile(partial(model.loss, config=config), fullgraph=True)
-update = torch.compile(partial(optim.update_, groups=groups, optimizer=optimizer), fullgraph=True)
+update = partial(optim.update_, groups=groups, optimizer=optimizer, moves=compiled.moves())
 
 for step in range(steps):
     batch = data.batch(reader, step, seed=0)

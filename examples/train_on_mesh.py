@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._pytree import tree_map
 
-from q3n_functional import corpus, data, model, optim, params, tokenizer
+from q3n_functional import compiled, corpus, data, model, optim, params, tokenizer
 from q3n_functional.config import PRESETS
 from q3n_functional.parallel import mesh, placement, rules
 
@@ -49,7 +49,7 @@ groups = optim.groups(config, optimizer)
 state = optim.init(masters, groups)
 
 loss = torch.compile(partial(model.loss, parallel=parallel, config=config), fullgraph=True, dynamic=False)
-update = torch.compile(partial(optim.update_, parallel=parallel, groups=groups, optimizer=optimizer), fullgraph=True)
+update = partial(optim.update_, parallel=parallel, groups=groups, optimizer=optimizer, moves=compiled.moves())
 
 for step in range(steps):
     batch = data.batch(reader, step, seed=0)

@@ -187,11 +187,12 @@ def worth(local: Tensor, parallel: Parallel | None) -> Tensor:
 
 def total_norm(gradients: Mapping[str, Tensor], parallel: Parallel | None) -> Tensor:
     """The global norm of gradients by name, each number counted once however many ranks hold it."""
+    norms = {name: torch.linalg.vector_norm(g, dtype=wide(g.dtype)) for name, g in gradients.items()}
     if parallel is None:
-        norm: Tensor = torch.nn.utils.get_total_norm(list(gradients.values()))
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(list(norms.values())))
         return norm
     where = cast(dict[str, Layout], named_leaves(parallel.layouts))
-    squares = [g.square().sum() / where[name].copies for name, g in gradients.items()]
+    squares = [norm.square() / where[name].copies for name, norm in norms.items()]
     return all_reduce(torch.stack(squares).sum(), parallel.world).sqrt()
 
 

@@ -1,4 +1,4 @@
-"""Compiling a training loss: every kind of layer once, or the whole model as one graph.
+"""Compiling a training step: every kind of layer once, or the whole model as one graph; and what moves a parameter.
 
 Static: the model's configuration, all shapes of parameters, the number of offsets in cu_seqlens, rows of a batch. The
 length of the rows is static too (code for one length is the fastest) unless `any_length` asks for one graph for all.
@@ -15,7 +15,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from q3n_functional import model
+from q3n_functional import model, optim
 from q3n_functional.model import Metrics, Stages
 from q3n_functional.params import DecoderLayer, LinearAttention, SwiGLU
 
@@ -91,3 +91,29 @@ def compiled(loss: Callable[..., Any], mode: Mode, **options: Any) -> Callable[.
         return functools.partial(loss, stages=stages(**options))
     whole: Callable[..., Any] = torch.compile(loss, fullgraph=True, dynamic=False, **options)
     return whole
+
+
+def moves(**options: Any) -> optim.Moves:
+    """What moves a parameter, compiled with `options` of torch.compile for any size, as `optim.update_`'s `moves`."""
+    decayed, plain, muon = (torch.compile(move, fullgraph=True, dynamic=True, **options) for move in optim.MOVES)
+    return optim.Moves(
+        functools.partial(_in_rows, decayed, optim.decayed_), functools.partial(_in_rows, plain, optim.plain_), muon
+    )
+
+
+ROW = 1024
+
+
+def _in_rows(compiled_: Callable[..., None], eager: Callable[..., None], *tensors: Tensor, **options: Any) -> None:
+    """Moves a parameter as rows, which can be read in whole vectors whatever their number; a small one eagerly."""
+    size = tensors[0].numel()
+    if size < 2 * ROW or size % ROW or not all(x.is_contiguous() for x in tensors[:4]):
+        eager(*tensors, **options)
+    else:
+        compiled_(*(_rows(x) for x in tensors[:4]), *tensors[4:], **options)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """The memory of x as rows. Not a view: of one Dynamo asks what it is a view of, and compiles for every kind."""
+    rows = torch.empty(0, dtype=x.dtype, device=x.device)
+    return rows.set_(x.untyped_storage(), x.storage_offset(), (x.numel() // ROW, ROW), (ROW, 1))

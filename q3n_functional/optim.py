@@ -1,14 +1,15 @@
 """AdamW and Muon over a parameter tree: state in, state out, no optimizer object.
 
-AdamW is torch.optim's function: its fused kernel where the update runs eagerly, its multi-tensor form, which Inductor
-fuses with the clipping, where it is compiled. Muon is the update of torch.optim.Muon, to which a test holds it, in a
-form that takes experts as one stack: torch.optim.Muon wants each matrix by itself.
+AdamW is torch.optim's function: its fused kernel where the update runs eagerly; compiled, its plain form, of which
+Inductor makes one kernel with the clipping. Muon is the update of torch.optim.Muon, to which a test holds it, in a form
+that takes experts as one stack: torch.optim.Muon wants each matrix by itself. Parameters are moved one by one, so that
+compiling what moves one of them (`compiled.moves`) takes seconds however many there are.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast
 
@@ -66,6 +67,14 @@ class Groups(NamedTuple):
     plain: tuple[str, ...]
 
 
+class Moves(NamedTuple):
+    """What moves a parameter in place. See `compiled.moves`."""
+
+    decayed: Callable[..., None]
+    plain: Callable[..., None]
+    muon: Callable[..., None]
+
+
 def groups(config: Config, optimizer: OptimizerConfig) -> Groups:
     """Which parameter is moved how, read off the axes of its `Spec`."""
     specs = named_specs(config)
@@ -102,73 +111,41 @@ def learning_rate(step: int, steps: int, optimizer: OptimizerConfig) -> float:
     return o.lr * (o.final_lr + (1 - o.final_lr) * min(left, 1.0))
 
 
-@torch.no_grad()
-def update_(
-    params: Mapping[str, Tensor],
-    gradients: Mapping[str, Tensor],
-    state: State,
-    lr: Tensor,
-    parallel: Parallel | None = None,
-    *,
-    groups: Groups,
-    optimizer: OptimizerConfig,
-) -> Tensor:
-    """Clips the gradients by global norm and moves `params` and `state` in place; returns the norm before clipping.
-
-    In place, because a second copy of a model rarely fits. `lr` is a scalar tensor, so that a compiled update serves
-    every step. All mappings are by parameter name. With `parallel` everything is the rank's shards, and the
-    norm that of the whole gradient; ValueError where that leaves Muon with parts of matrices.
-    """
-    check_whole(groups, parallel)
-    gradients = {name: g.to(params[name].dtype) for name, g in gradients.items()}
-    norm = total_norm(gradients, parallel)
-    scale = (optimizer.clip_norm / (norm + 1e-6)).clamp(max=1.0)
-    clipped = {name: g * scale.to(g.device) for name, g in gradients.items()}
-    _adamw_(groups.decayed, params, clipped, state, lr, optimizer.weight_decay, optimizer)
-    _adamw_(groups.plain, params, clipped, state, lr, 0.0, optimizer)
-    for name in groups.muon:
-        _muon_(params[name], clipped[name], state.momentum[name], lr, optimizer)
-    state.step.add_(1)
-    return norm
+def decayed_(*tensors: Tensor, optimizer: OptimizerConfig) -> None:
+    """Moves one parameter by AdamW, with weight decay; arguments are those of `_adamw_`."""
+    _adamw_(*tensors, weight_decay=optimizer.weight_decay, optimizer=optimizer)
 
 
-def check_whole(groups: Groups, parallel: Parallel | None) -> None:
-    """Raise ValueError where the mesh leaves Muon with parts of matrices, whose orthogonal factor is another."""
-    if parallel is None or not groups.muon:
-        return
-    layouts = cast(dict[str, Layout], named_leaves(parallel.layouts))
-    for name in groups.muon:
-        local, whole = layouts[name].local_shape, layouts[name].spec.shape
-        if local[-2:] != whole[-2:]:
-            raise ValueError(
-                f"Muon needs whole matrices, but the mesh leaves each rank {tuple(local)} of {name} {tuple(whole)}: "
-                "use adamw, or a mesh without dp, cp and tp"
-            )
+def plain_(*tensors: Tensor, optimizer: OptimizerConfig) -> None:
+    """Moves one parameter by Adam."""
+    _adamw_(*tensors, weight_decay=0.0, optimizer=optimizer)
 
 
 def _adamw_(
-    names: tuple[str, ...],
-    params: Mapping[str, Tensor],
-    gradients: Mapping[str, Tensor],
-    state: State,
+    p: Tensor,
+    g: Tensor,
+    momentum: Tensor,
+    variance: Tensor,
+    step: Tensor,
+    scale: Tensor,
     lr: Tensor,
+    *,
     weight_decay: float,
     optimizer: OptimizerConfig,
 ) -> None:
+    """Moves one parameter and its moments by `scale` times its gradient."""
     compiled = torch.compiler.is_compiling()
-    stored = [kind[name] for kind in (state.momentum, state.variance) for name in names]
-    # In the parameters' dtype while they are moved: themselves where they are stored in it.
-    moments = [moment.to(params[name].dtype) for moment, name in zip(stored, names * 2, strict=True)]
+    # In the parameter's dtype while they are moved: themselves where they are stored in it.
+    moments = [moment.to(p.dtype) for moment in (momentum, variance)]
     adamw(
-        [params[name] for name in names],
-        [gradients[name] for name in names],
-        moments[: len(names)],
-        moments[len(names) :],
+        [p],
+        [g.to(p.dtype) * scale.to(p.device, p.dtype)],
+        [moments[0]],
+        [moments[1]],
         [],
-        # It counts a step for every tensor; ours is one number.
-        list(state.step.expand(len(names)).clone()),
+        [step.clone()],  # it counts for every parameter; ours is one number
         fused=not compiled,
-        foreach=compiled,
+        foreach=False,
         capturable=compiled,
         amsgrad=False,
         beta1=optimizer.beta1,
@@ -178,12 +155,14 @@ def _adamw_(
         eps=optimizer.eps,
         maximize=False,
     )
-    for old, new in zip(stored, moments, strict=True):
+    for old, new in zip((momentum, variance), moments, strict=True):
         if old is not new:
             old.copy_(new)
 
 
-def _muon_(p: Tensor, g: Tensor, momentum: Tensor, lr: Tensor, optimizer: OptimizerConfig) -> None:
+def muon_(p: Tensor, g: Tensor, momentum: Tensor, scale: Tensor, lr: Tensor, optimizer: OptimizerConfig) -> None:
+    """Moves one matrix, or each of a stack, and its momentum by `scale` times its gradient."""
+    g = g.to(p.dtype) * scale.to(p.device, p.dtype)
     moved = momentum.to(g.dtype).lerp(g, 1 - optimizer.momentum)
     momentum.copy_(moved)
     direction = orthogonalised(g.lerp(moved, optimizer.momentum))
@@ -204,6 +183,54 @@ def orthogonalised(x: Tensor) -> Tensor:
         gram = y @ y.mT
         y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), y, beta=3.4445)
     return (y if wide else y.mT).reshape(x.shape).to(x.dtype)
+
+
+MOVES = Moves(decayed_, plain_, muon_)
+
+
+@torch.no_grad()
+def update_(
+    params: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+    state: State,
+    lr: Tensor,
+    parallel: Parallel | None = None,
+    *,
+    groups: Groups,
+    optimizer: OptimizerConfig,
+    moves: Moves = MOVES,
+) -> Tensor:
+    """Clips the gradients by global norm and moves `params` and `state` in place; returns the norm before clipping.
+
+    In place, because a second copy of a model rarely fits. `lr` is a scalar tensor, so that a compiled update serves
+    every step. All mappings are by parameter name. With `parallel` everything is the rank's shards, and the
+    norm that of the whole gradient; ValueError where that leaves Muon with parts of matrices.
+    """
+    check_whole(groups, parallel)
+    norm = total_norm(gradients, parallel)
+    scale = (optimizer.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+    for names, move in ((groups.decayed, moves.decayed), (groups.plain, moves.plain)):
+        for name in names:
+            tensors = (params[name], gradients[name], state.momentum[name], state.variance[name])
+            move(*tensors, state.step, scale, lr, optimizer=optimizer)
+    for name in groups.muon:
+        moves.muon(params[name], gradients[name], state.momentum[name], scale, lr, optimizer)
+    state.step.add_(1)
+    return norm
+
+
+def check_whole(groups: Groups, parallel: Parallel | None) -> None:
+    """Raise ValueError where the mesh leaves Muon with parts of matrices, whose orthogonal factor is another."""
+    if parallel is None or not groups.muon:
+        return
+    layouts = cast(dict[str, Layout], named_leaves(parallel.layouts))
+    for name in groups.muon:
+        local, whole = layouts[name].local_shape, layouts[name].spec.shape
+        if local[-2:] != whole[-2:]:
+            raise ValueError(
+                f"Muon needs whole matrices, but the mesh leaves each rank {tuple(local)} of {name} {tuple(whole)}: "
+                "use adamw, or a mesh without dp, cp and tp"
+            )
 
 
 def to_tensors(state: State) -> dict[str, Tensor]:

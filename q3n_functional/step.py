@@ -128,13 +128,13 @@ def functions(
     loss: Loss = make_loss(config, shape, parallel)
     groups = optim.groups(shape, config.optimizer)
     optim.check_whole(groups, parallel)
-    update: Update = partial(optim.update_, parallel=parallel, groups=groups, optimizer=config.optimizer)
+    update = partial(optim.update_, parallel=parallel, groups=groups, optimizer=config.optimizer)
     reason = missing_compiler(device) if config.compile != "none" else "compile is none"
     if reason:
         logger.info("running eagerly: %s", reason)
         return loss, update
     options = {"options": overlap.OPTIONS} if config.overlap else {}
-    return compiled.compiled(loss, config.compile, **options), torch.compile(update, fullgraph=True, dynamic=False)
+    return compiled.compiled(loss, config.compile, **options), partial(update, moves=compiled.moves(**options))
 
 
 def make_step(

@@ -26,7 +26,8 @@ def test_training_step_measures_transformers_and_itself(tmp_path):
     found = {(row["implementation"], row["metric"]): row["value"] for row in rows}
     metrics = {"loss", "first_step_s", "step_ms", "with_optimizer_ms"}
     assert set(found) == {(name, metric) for name in ("transformers", "q3n eager") for metric in metrics}
-    assert abs(found["transformers", "loss"] - found["q3n eager", "loss"]) < 0.1
+    # On the same weights; drawn separately they differ by 5e-3.
+    assert abs(found["transformers", "loss"] - found["q3n eager", "loss"]) < 1e-3
 
 
 def test_decode_measures_transformers_and_itself(tmp_path):

@@ -3,11 +3,11 @@
     python examples/benchmarks/decode.py [--commit HASH] [--out FOLDER] [--only q3n] [--cases 0 1] [--tiny]
 
 Prints a table and writes results/decode.json. Three linear layers and one of full attention, 128 experts, vocabulary
-151,936, bf16, weights of one distribution. Cases "batch 1" and "batch 32": steps behind prompts of 1,024 tokens, drawn
-at temperature 1 (transformers: the likeliest token). Case "prefill 32768": one prompt into a cache. Cases "drafts 1" to
-"drafts 3": batch 1 with so many drafts a step of the prediction module, beside "drafts 0"; with --folder they run on a
-trained model, without one on drawn weights, whose acceptance says little. Implementations: q3n, compiled; q3n graph,
-compiled and in a CUDA graph; q3n captured, the same without compiling; q3n eager; transformers, with
+151,936, bf16, the same weights and prompts for all. Cases "batch 1" and "batch 32": steps behind prompts of 1,024
+tokens, drawn at temperature 1 (transformers: the likeliest token). Case "prefill 32768": one prompt into a cache. Cases
+"drafts 1" to "drafts 3": batch 1 with so many drafts a step of the prediction module, beside "drafts 0"; with --folder
+they run on a trained model, without one on drawn weights, whose acceptance says little. Implementations: q3n, compiled;
+q3n graph, compiled and in a CUDA graph; q3n captured, the same without compiling; q3n eager; transformers, with
 flash-linear-attention where that is installed. Metrics: ms_per_token, of one sequence; first_step_s, compiling and
 capturing; prefill_ms and tokens_per_s; acceptance_rate. Every implementation runs in a process of its own. --tiny is
 for a machine without a card.
@@ -185,7 +185,7 @@ def theirs(case: str, tiny: bool, device: str, folder: Path | None) -> Values:
     if kind == "drafts":
         raise SystemExit("transformers drafts nothing: it has no prediction module of this model")
     config = shape(tiny, False)
-    module = module_of(config, device).eval()
+    module = module_of(weights(config, device), config, device).eval()
     if kind == "prefill":
         tokens = random_tokens(config, 1, int(number) // (64 if tiny else 1), device)
         run = functools.partial(module, input_ids=tokens, use_cache=True, logits_to_keep=1)

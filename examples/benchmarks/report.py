@@ -1,7 +1,10 @@
 """What the benchmarks print and keep: rows in long form, a file each, one run's rows replacing the last run's."""
 
 import argparse
+import itertools
 import json
+import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +40,25 @@ def measured(case: str, implementation: str, run: Callable[[], dict[str, float]]
          "unit": UNITS.get(metric, UNITS.get(metric.split("_")[-1], "1"))}
         for metric, value in values.items()
     ]  # fmt: skip
+
+
+def step_ms(run: Callable[[], object], times: int) -> float:
+    """The median time from one call's end to the next one's: as in a training loop, the host does not wait between."""
+    run()
+    if not torch.cuda.is_available():
+        return statistics.median(_clocked(run) for _ in range(times))
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(times + 2)]
+    for mark in marks:
+        run()
+        mark.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
+
+
+def _clocked(run: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    run()
+    return (time.perf_counter() - begin) * 1e3
 
 
 def write(rows: Rows, benchmark: str, commit: str, out: Path, **versions: str) -> None:

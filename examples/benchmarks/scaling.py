@@ -109,8 +109,8 @@ def stepper(case: Case, config: Config, layout: mesh.Mesh, device: torch.device,
     )
     function = functools.partial(model.loss, parallel=parallel, config=config, recompute=case.recompute)
     loss = compiled.compiled(function, "none" if tiny else "layers")
-    update = functools.partial(optim.update_, parallel=parallel, groups=groups, optimizer=ADAMW)
-    update = update if tiny else torch.compile(update, fullgraph=True)
+    moves = optim.MOVES if tiny else compiled.moves()
+    update = functools.partial(optim.update_, parallel=parallel, groups=groups, optimizer=ADAMW, moves=moves)
     lr = torch.tensor(1e-4, device=device)
 
     def step() -> None:
@@ -147,7 +147,7 @@ def measure(name: str, alone: bool, tiny: bool) -> dict[str, float]:
         step()
         if card:
             torch.cuda.reset_peak_memory_stats()
-        own["step_ms"] = median_ms(step, wait, 1 if tiny else 10)
+        own["step_ms"] = report.step_ms(step, 1 if tiny else 10)
         if card:
             own["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         everyone: list[Any] = [own] * where.size
@@ -156,17 +156,6 @@ def measure(name: str, alone: bool, tiny: bool) -> dict[str, float]:
     values = {metric: max(each[metric] for each in everyone) for metric in own}
     rows = case.rows_of_one if alone else case.rows
     return {**values, "tokens_per_s": rows * case.length / values["step_ms"] * 1e3}
-
-
-def median_ms(run: Callable[[], object], wait: Callable[[], object], times: int) -> float:
-    found = []
-    for _ in range(times):
-        wait()
-        begin = time.perf_counter()
-        run()
-        wait()
-        found.append((time.perf_counter() - begin) * 1e3)
-    return sorted(found)[times // 2]
 
 
 def launched(name: str, alone: bool, tiny: bool) -> dict[str, float]:

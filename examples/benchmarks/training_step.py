@@ -8,10 +8,10 @@ prediction module. Implementations: q3n, every kind of layer compiled once; q3n 
 q3n float8, with the blocks' linears in float8; q3n model, everything as one graph; q3n eager; transformers,
 Qwen3NextForCausalLM with flash-linear-attention where that is installed, experts by grouped_mm, attention by SDPA;
 transformers compile, the same under torch.compile. Metrics: first_step_s, from the first call to its end, compiling
-included; step_ms, the median of forward plus backward; peak_gib, of that; with_optimizer_ms; loss of the first step;
-mfu, of the card's bf16 peak. Weights are drawn as each implementation draws them, from one distribution, so that losses
-agree as far as chance lets them: about log(vocabulary). Every implementation runs in a process of its own. --tiny is
-for a machine without a card.
+included; step_ms, the median of forward plus backward; peak_gib, of that; with_optimizer_ms; loss, the cross-entropy of
+the first step; mfu, of the card's bf16 peak. All run on the same weights and tokens, so that losses agree within what
+bf16 rounds, float8 aside. This package minimises the routers' balancing loss besides, which transformers leaves out
+here. Every implementation runs in a process of its own. --tiny is for a machine without a card.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import report
 import torch
 import torch.utils._pytree as pytree
 
-from q3n_functional import compiled, flops, metrics, model, optim, params
+from q3n_functional import compiled, flops, metrics, model, names, optim, params
 from q3n_functional.config import PRESETS, Config
 
 LINEAR, FULL = "linear_attention", "full_attention"
@@ -63,13 +63,16 @@ def random_tokens(config: Config, rows: int, length: int, device: str) -> torch.
 
 
 def weights(config: Config, device: str) -> params.Parameters:
-    """The distribution of `params.init`, drawn on the device: on the host it takes longer than the measurement."""
+    """The distribution of `params.init`, drawn on the device: on the host it takes longer than the measurement.
+
+    All are bf16 numbers, those kept in fp32 too: transformers keeps every one in bf16.
+    """
     torch.manual_seed(0)
 
     def draw(leaf: params.Spec) -> torch.Tensor:
         if leaf.init == "normal":
             return torch.randn(leaf.shape, dtype=torch.bfloat16, device=device).mul_(config.initializer_range)
-        return params.init_leaf("", leaf, 0, 0.0).to(device, leaf.dtype or torch.bfloat16)
+        return params.init_leaf("", leaf, 0, 0.0).to(device, torch.bfloat16).to(leaf.dtype or torch.bfloat16)
 
     return pytree.tree_map(draw, params.spec(config))
 
@@ -91,16 +94,15 @@ def ours(
     tokens, lr = random_tokens(config, rows, length, device), torch.tensor(1e-4, device=device)
     options = {"config": config, "recompute": recompute, "float8": float8}
     loss = compiled.compiled(functools.partial(model.loss, **options), mode)
-    update = functools.partial(optim.update_, groups=groups, optimizer=ADAMW)
-    if mode != "none":
-        update = torch.compile(update, fullgraph=True)
+    moves = optim.MOVES if mode == "none" else compiled.moves()
+    update = functools.partial(optim.update_, groups=groups, optimizer=ADAMW, moves=moves)
     kept: dict[str, torch.Tensor] = {}
     states: list[optim.State] = []  # made at the first update, as torch.optim does: no part of a step without it
 
     def step() -> torch.Tensor:
-        value, _ = loss(tree, tokens)
+        value, parts = loss(tree, tokens)
         kept.update(zip(leaves, torch.autograd.grad(value, list(leaves.values())), strict=True))
-        return value.detach()
+        return parts.cross_entropy.detach()
 
     def whole() -> None:
         kept.clear()
@@ -119,8 +121,24 @@ def ours(
     return alone, whole
 
 
-def module_of(config: Config, device: str) -> Any:
-    """transformers' model of the configuration, without the prediction module, in bf16."""
+@torch.no_grad()
+def fill_(module: torch.nn.Module, tree: params.Parameters, config: Config) -> None:
+    """Copies our parameters to transformers', which stacks the experts that files keep apart."""
+    empty, leaves = dict(module.named_parameters()), params.named_leaves(tree)
+    for name, source in names.sources(config).items():
+        if source.expert is None:
+            for part, leaf in source.pieces(empty.pop(name), leaves):
+                part.copy_(leaf)
+    for i in filter(config.is_sparse, range(config.num_hidden_layers)):
+        theirs, ours = f"model.layers.{i}.mlp.experts.", f"layers.{i}.mlp.experts."
+        gate, up = empty.pop(f"{theirs}gate_up_proj").chunk(2, dim=1)
+        for part, name in ((gate, "gate"), (up, "up"), (empty.pop(f"{theirs}down_proj"), "down")):
+            part.copy_(leaves[ours + name])
+    assert not empty, f"parameters that keep what transformers drew: {sorted(empty)}"
+
+
+def module_of(tree: params.Parameters, config: Config, device: str) -> Any:
+    """transformers' model of the configuration, without the prediction module, in bf16, with a copy of our weights."""
     # The package's own kernels are compared: flash-linear-attention would otherwise call FlashQLA's.
     os.environ.setdefault("FLA_FLASH_QLA", "0")
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
@@ -129,22 +147,23 @@ def module_of(config: Config, device: str) -> Any:
     content.pop("architectures", None)
     hf = Qwen3NextConfig(**{k: v for k, v in content.items() if k not in ("model_type", "num_nextn_predict_layers")})
     hf._attn_implementation, hf._experts_implementation = "sdpa", "grouped_mm"
-    torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
         module = Qwen3NextForCausalLM(hf)
     torch.set_default_dtype(torch.float32)
+    fill_(module, tree, config)
     return module
 
 
 def theirs(config: Config, rows: int, length: int, device: str, compile_: bool = False) -> Runner:
-    module = module_of(config, device)
+    module = module_of(weights(config, device), config, device)  # our tree is gone when this returns
     module.train()
     called = torch.compile(module) if compile_ else module
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
     tokens = random_tokens(config, rows, length, device)
 
     def step() -> torch.Tensor:
+        # Asked for the router logits it would add the balancing loss, but torch.compile breaks its graph over them.
         value = called(input_ids=tokens, labels=tokens, use_cache=False).loss
         value.backward()
         return value.detach()
@@ -178,18 +197,6 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def median_ms(run: Callable[[], object], device: str, times: int) -> float:
-    run()
-    found = []
-    for _ in range(times):
-        wait(device)
-        begin = time.perf_counter()
-        run()
-        wait(device)
-        found.append((time.perf_counter() - begin) * 1e3)
-    return sorted(found)[times // 2]
-
-
 def measure(case: str, implementation: str, tiny: bool, device: str) -> dict[str, float]:
     config, rows, length = shape(case, tiny)
     alone, whole = IMPLEMENTATIONS[implementation](config, rows, length, device)
@@ -201,13 +208,13 @@ def measure(case: str, implementation: str, tiny: bool, device: str) -> dict[str
     alone()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    values["step_ms"] = median_ms(alone, device, times)
+    values["step_ms"] = report.step_ms(alone, times)
     if device == "cuda":
         values["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         if peak := metrics.peak_flops(torch.device(device)):
             per_token = flops.flops_per_token(config, length)
             values["mfu"] = per_token * rows * length / (values["step_ms"] / 1e3) / peak
-    values["with_optimizer_ms"] = median_ms(whole, device, times)
+    values["with_optimizer_ms"] = report.step_ms(whole, times)
     return values
 
 
