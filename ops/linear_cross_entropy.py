@@ -107,7 +107,7 @@ def _fake(h: Tensor, head: Tensor, targets: Tensor, z_loss_coef: float, gradient
 
 def _times(dtotal: Tensor, dh: Tensor, dhead: Tensor, h: Tensor, head: Tensor) -> Outputs:
     # h and head are there for autograd alone: a second derivative goes through them, and is refused.
-    # A 0-d factor is multiplied in fp32, leaves the dtype and is one kernel.
+    # A 0-d factor is multiplied in fp32 and leaves the dtype.
     return tuple(dtotal * x for x in (dh, dhead))
 
 
@@ -117,12 +117,13 @@ _linear_cross_entropy_backward = gradient(
         "(Tensor dtotal, Tensor dh, Tensor dhead, Tensor h, Tensor head, str impl) -> (Tensor, Tensor)",
         reference=_times,
         fake=lambda dtotal, dh, dhead, *rest: (dh.new_empty(dh.shape), dhead.new_empty(dhead.shape)),
-        kernel=None,
+        kernel="linear_cross_entropy:backward",
     )
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.impl = inputs[-1]
     ctx.save_for_backward(*output[3:], *inputs[:2])
     ctx.mark_non_differentiable(*output[1:])
 
@@ -130,8 +131,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _backward_of_op(ctx: Any, dtotal: Tensor | None, *rest: None) -> tuple[Tensor | None, ...]:
     if dtotal is None:
         return (None,) * 6
-    # Two products with a number: there is one implementation, whatever was asked for.
-    return (*_linear_cross_entropy_backward(dtotal, *ctx.saved_tensors, "reference"), None, None, None, None)
+    return (*_linear_cross_entropy_backward(dtotal, *ctx.saved_tensors, ctx.impl), None, None, None, None)
 
 
 _linear_cross_entropy = differentiable(

@@ -56,6 +56,17 @@ def test_several_chunks_and_repeats(monkeypatch):
     assert all(map(torch.equal, actual, kernel(*inputs)))
 
 
+@pytest.mark.parametrize("dtype", [dtype for dtype, _ in DTYPES], ids=str)
+def test_gradients_times_a_factor_are_those_of_the_reference(dtype):
+    from q3n_functional.ops.kernels import linear_cross_entropy
+
+    h, head, _ = draw(13, vocabulary=1000, width=24, dtype=dtype, device=DEVICE)
+    factor = torch.tensor(0.3, device=DEVICE)
+    found = linear_cross_entropy.backward(factor, h, head, h, head)
+    assert all(map(torch.equal, found, MODULE._times(factor, h, head, h, head)))
+    assert not linear_cross_entropy.backward(factor, h[:0], head, h[:0], head)[0].numel()
+
+
 def test_no_targets():
     h, head, targets = draw(5, dtype=torch.float32, device=DEVICE)
     for inputs in ((h, head, torch.full_like(targets, IGNORE)), (h[:0], head, targets[:0])):

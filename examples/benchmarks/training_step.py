@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,8 @@ def module_of(tree: params.Parameters, config: Config, device: str) -> Any:
     """transformers' model of the configuration, without the prediction module, in bf16, with a copy of our weights."""
     # The package's own kernels are compared: flash-linear-attention would otherwise call FlashQLA's.
     os.environ.setdefault("FLA_FLASH_QLA", "0")
+    if find_spec("fla"):
+        import fla  # noqa: F401  # transformers would go on without it, and slowly, whatever the reason
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
     content = config.to_json()
