@@ -140,6 +140,29 @@ def test_in_walks_side_by_side(through_hopper, monkeypatch, options):
         assert all(torch.equal(x, found[name]) for name, x in kernel_outputs(*example).items())
 
 
+IN_PARTS = {
+    **{name: IN_WALKS[name] for name in IN_WALKS if "documents" not in name},
+    "three rows": {"length": 200, "batch": 3, **GATES},
+    "three rows, no states": {"length": 128, "batch": 3, "state": False, "d_state": False, **GATES},
+    "two chunks": {"length": 128, **GATES},
+    "a chunk and a tail": {"length": 70, **GATES},
+}
+
+
+@pytest.mark.parametrize("options", IN_PARTS.values(), ids=IN_PARTS)
+def test_backward_in_two_parts(through_hopper, monkeypatch, options):
+    example = case(**options)
+    whole = kernel_outputs(*example)
+    through_hopper.clear()
+    monkeypatch.setattr(kernels(), "STATES_BYTES", 0)
+    found = kernel_outputs(*example)
+    assert_matches(found, expected(*example), BOUNDS[torch.bfloat16])
+    assert through_hopper.count("launch_gradients") == through_hopper.count("launch_reverse_scan") == 2
+    if options.get("batch", 1) > 1:
+        same = [name for name in found if name not in ("A_log", "dt_bias")]
+        assert all(torch.equal(found[name], whole[name]) for name in same)
+
+
 def test_keys_of_any_length_are_walked_uncut(monkeypatch):
     """They can make a state longer, so that no decay is enough to forget it."""
     monkeypatch.setattr(kernels(), "WALK", 1)

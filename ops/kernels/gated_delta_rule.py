@@ -41,7 +41,7 @@ from q3n_functional.ops.chunks import num_chunks, saved_shapes
 from q3n_functional.ops.kernels import gated_delta_rule_hopper as hopper
 from q3n_functional.ops.kernels.gated_delta_rule_hopper_chunks import launch_chunks
 from q3n_functional.ops.kernels.gated_delta_rule_hopper_gradient import launch_gradients
-from q3n_functional.ops.kernels.gated_delta_rule_pieces import cut, fold, walks
+from q3n_functional.ops.kernels.gated_delta_rule_pieces import cut, fold, last_piece, walks
 from q3n_functional.ops.registration import UnsupportedError
 
 CHUNK_SIZES = (16, 32, 64)
@@ -49,6 +49,7 @@ MAX_HEAD_DIM = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 NUM_SMS = hopper.NUM_SMS
 WALK = 32  # chunks that a piece has at least
+STATES_BYTES = 2**29  # that states and their gradients may take in backward
 
 
 @triton.jit(do_not_specialize=["num_docs", "num_tokens", "num_chunks"])
@@ -1080,57 +1081,120 @@ def backward(
         return dq, dk, dv, dg, dbeta, dA_log, ddt_bias, dstate
     gates, Y = g_cumsum, A
     p = _problem(q, k, v, g, beta, cu_seqlens, chunk_size)
-    constants = p.constants
-    batch, length, heads = v.shape[:3]
     do = torch.zeros_like(v, memory_format=torch.contiguous_format) if do is None else do.to(v.dtype)
     grad = _flat(do)
     initial = None if initial_state is None else initial_state.contiguous()
-    dot = _dot_precision(v.dtype)
-
+    d_final = None if dfinal_state is None else dfinal_state.contiguous()
+    d_initial = q.new_empty(0) if initial is None else torch.empty_like(initial)
     fast = hopper.serves(p, p.v, grad)
-    scaled = fast and beta_scale != 0  # Z holds dV then; a beta given as such may be zero, and dbeta needs Z
     P = None if fast else torch.empty_like(Y)
     if P is not None:
         _launch_chunks(p, A_log, dt_bias, gates, Y, P, None, scale, qk_l2norm, beta_scale, False)
-    dh = torch.empty(p.num_chunks, heads, K, V, dtype=v.dtype, device=v.device)
-    dv = torch.empty(batch, length, heads, V, dtype=v.dtype, device=v.device)  # holds Z until the last kernel
-    d_initial = q.new_empty(0) if initial is None else torch.empty_like(initial)
-    d_final = None if dfinal_state is None else dfinal_state.contiguous()
-    h = torch.empty_like(dh)
-    U = torch.empty_like(dv)
-    forgets = _forgets(qk_l2norm, beta_scale)
-    _gradient_scans(p, grad, gates, Y, P, scale, initial, d_final, d_initial, U, h, dv, dh, scaled, forgets)
-    del P
-
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    dg = torch.empty(g.shape, dtype=g.dtype, device=g.device)
-    dbeta = torch.empty(beta.shape, dtype=beta.dtype, device=beta.device)
-    activate = A_log is not None
-    configs = _gradient_configs(p)
-    slices = [_cdiv(V, config.BV) for config in configs]
-    sums = torch.empty(p.num_chunks, heads, max(slices), 3, chunk_size, dtype=torch.float32, device=q.device)
-    d_gate = torch.empty(2, heads, p.num_chunks if activate else 0, dtype=torch.float32, device=q.device)
-    if p.num_chunks:
-        if fast:
-            launch_gradients(p, grad, U, dv, h, dh, gates, dq, dk, dv, sums, scale, qk_l2norm, scaled)
-        partial_chunks = p.cu is not None or p.length % chunk_size > 0
-        for side, config in enumerate(configs if partial_chunks or not fast else ()):
-            _gradient_kernel[(p.num_chunks * constants["HK"],)](
-                p.q, p.k, grad, U, dv, h, dh, gates, p.table, dq, dk, dv, sums, p.length, scale,
-                *p.q.stride()[:2], *p.k.stride()[:2], *grad.stride()[:2], **constants, BV=config.BV,
-                NORMALISE=qk_l2norm, DOT=dot, SIDE=side, SLICES=max(slices), STAGES=config.stages, WHOLE=not fast,
-                SCALED=scaled, num_warps=config.warps,
-            )  # fmt: skip
-        _gate_gradient_kernel[(p.num_chunks * heads,)](
-            p.g, p.beta, A_log, dt_bias, p.table, sums, dg, dbeta, d_gate, p.length, p.num_chunks, beta_scale,
-            *p.g.stride(), *p.beta.stride(), HV=heads, SLICES_Q=slices[0], SLICES_K=slices[1], C=chunk_size,
-            DOCUMENTS=p.cu is not None, ACTIVATE=activate, SIGMOID=beta_scale != 0, SCALED=scaled, num_warps=1,
+    gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, g, beta)]
+    d_gate = torch.empty(2, v.shape[2], p.num_chunks if A_log is not None else 0, dtype=torch.float32, device=q.device)
+    parts = [(_part(p, 0, p.num_sequences, 0, p.num_chunks), initial, d_final, d_initial)]
+    if fast and _forgets(qk_l2norm, beta_scale):
+        parts = _parts(p, gates, Y, scale, initial, d_final, d_initial, gradients[2])
+    for part, S, dS_behind, dS in parts:
+        _backward_of_part(
+            part.problem, grad[part.tokens], gates[part.chunks], Y[part.chunks], P, A_log, dt_bias, S, dS_behind, dS,
+            [x.flatten(0, 1)[part.tokens] for x in gradients], d_gate[..., part.chunks], scale, qk_l2norm, beta_scale,
         )  # fmt: skip
-    dA_log, ddt_bias = d_gate.sum(-1) if activate else (q.new_empty(0), q.new_empty(0))
+    dA_log, ddt_bias = (q.new_empty(0),) * 2 if A_log is None else d_gate.sum(-1)
     if A_log is not None and dt_bias is not None:
         dA_log, ddt_bias = dA_log.to(A_log.dtype), ddt_bias.to(dt_bias.dtype)
+    dq, dk, dv, dg, dbeta = gradients
     return dq, dk, dv, dg, dbeta, dA_log, ddt_bias, d_initial
+
+
+class Part(NamedTuple):
+    """A part of a problem as one of its own, and where its tokens and chunks are."""
+
+    problem: Problem
+    tokens: slice
+    chunks: slice
+
+
+def _part(p: Problem, first: int, end: int, first_chunk: int, end_chunk: int) -> Part:
+    """The sequences from `first` to `end`, or of one sequence the chunks from `first_chunk` to `end_chunk`."""
+    chunks = slice(first_chunk, end_chunk)
+    if end_chunk - first_chunk == p.num_chunks:
+        return Part(p, slice(None), chunks)
+    C = int(p.constants["C"])
+    length = p.length if p.num_sequences > 1 else min(end_chunk * C, p.length) - first_chunk * C
+    start = first * p.length if p.num_sequences > 1 else first_chunk * C
+    tokens = slice(start, start + (end - first) * length)
+    q, k, v, g, beta = (x[tokens] for x in (p.q, p.k, p.v, p.g, p.beta))
+    part = p._replace(
+        q=q, k=k, v=v, g=g, beta=beta, num_sequences=end - first, length=length, num_chunks=end_chunk - first_chunk
+    )
+    return Part(part, tokens, chunks)
+
+
+def _parts(
+    p: Problem, gates: Tensor, Y: Tensor, scale: float, initial: Tensor | None, d_final: Tensor | None,
+    d_initial: Tensor, scratch: Tensor,
+) -> list[tuple[Part, Tensor | None, Tensor | None, Tensor]]:  # fmt: skip
+    """The parts of a problem in backward's order, each with its initial state, and the final and initial gradients.
+
+    Two where the states of all chunks and their gradients would take more than `STATES_BYTES`: half of the sequences
+    each, or of one sequence its halves. `scratch` has v's shape.
+    """
+    c, chunks, sequences = p.constants, p.num_chunks, p.num_sequences
+    size = 2 * chunks * c["HV"] * c["K"] * c["V"] * p.v.element_size()
+    if p.cu is not None or chunks < 2 or size <= STATES_BYTES:
+        return [(_part(p, 0, sequences, 0, chunks), initial, d_final, d_initial)]
+    if sequences > 1:
+        half = sequences // 2
+        rows = [(half, sequences), (0, half)]
+        states = lambda x, a, b: None if x is None else x[a:b]  # noqa: E731
+        return [
+            (_part(p, a, b, a * chunks // sequences, b * chunks // sequences), states(initial, a, b),
+             states(d_final, a, b), d_initial[a:b])
+            for a, b in rows
+        ]  # fmt: skip
+    before, behind = _part(p, 0, 1, 0, chunks // 2), _part(p, 0, 1, chunks // 2, chunks)
+    middle, d_middle = (
+        torch.empty(1, c["HV"], c["K"], c["V"], dtype=torch.float32, device=gates.device) for _ in range(2)
+    )
+    last = last_piece(walks(before.problem, chunks // 2, gates))
+    hopper.launch_scan(last, gates[before.chunks], Y[before.chunks], scale, initial, middle, scratch, None)
+    return [(behind, middle, d_final, d_middle), (before, initial, d_middle, d_initial)]
+
+
+def _backward_of_part(
+    p: Problem, grad: Tensor, gates: Tensor, Y: Tensor, P: Tensor | None, A_log: Tensor | None, dt_bias: Tensor | None,
+    initial: Tensor | None, d_final: Tensor | None, d_initial: Tensor, gradients: list[Tensor], d_gate: Tensor,
+    scale: float, qk_l2norm: bool, beta_scale: float,
+) -> None:  # fmt: skip
+    """Write the gradients of q, k, v, g and beta, each chunk's share of those of A_log and dt_bias, and d_initial."""
+    dq, dk, dv, dg, dbeta = gradients  # dv holds Z until the last kernel
+    c, fast, scaled = p.constants, P is None, P is None and beta_scale != 0
+    # Z holds dV where it is scaled; a beta given as such may be zero, and dbeta needs Z.
+    h, dh = (torch.empty(p.num_chunks, c["HV"], c["K"], c["V"], dtype=dv.dtype, device=dv.device) for _ in range(2))
+    U = torch.empty_like(dv)
+    forgets = _forgets(qk_l2norm, beta_scale)
+    _gradient_scans(p, grad, gates, Y, P, scale, initial, d_final, d_initial, U[None], h, dv[None], dh, scaled, forgets)
+    configs = _gradient_configs(p)
+    slices = [_cdiv(c["V"], config.BV) for config in configs]
+    sums = torch.empty(p.num_chunks, c["HV"], max(slices), 3, c["C"], dtype=torch.float32, device=dv.device)
+    if p.num_chunks == 0:
+        return
+    if fast:
+        launch_gradients(p, grad, U[None], dv[None], h, dh, gates, dq, dk, dv, sums, scale, qk_l2norm, scaled)
+    partial_chunks = p.cu is not None or p.length % c["C"] > 0
+    for side, config in enumerate(configs if partial_chunks or not fast else ()):
+        _gradient_kernel[(p.num_chunks * c["HK"],)](
+            p.q, p.k, grad, U, dv, h, dh, gates, p.table, dq, dk, dv, sums, p.length, scale,
+            *p.q.stride()[:2], *p.k.stride()[:2], *grad.stride()[:2], **c, BV=config.BV, NORMALISE=qk_l2norm,
+            DOT=_dot_precision(dv.dtype), SIDE=side, SLICES=max(slices), STAGES=config.stages, WHOLE=not fast,
+            SCALED=scaled, num_warps=config.warps,
+        )  # fmt: skip
+    _gate_gradient_kernel[(p.num_chunks * c["HV"],)](
+        p.g, p.beta, A_log, dt_bias, p.table, sums, dg, dbeta, d_gate, p.length, d_gate.stride(1), beta_scale,
+        *p.g.stride(), *p.beta.stride(), HV=c["HV"], SLICES_Q=slices[0], SLICES_K=slices[1], C=c["C"],
+        DOCUMENTS=p.cu is not None, ACTIVATE=A_log is not None, SIGMOID=beta_scale != 0, SCALED=scaled, num_warps=1,
+    )  # fmt: skip
 
 
 def transition(

@@ -183,6 +183,15 @@ def walks(p: Problem, pieces: int, gates: Tensor) -> Problem:
     return cut_._replace(walks=table)
 
 
+def last_piece(p: Problem) -> Problem:
+    """Of one sequence in pieces of equal size, of which there is one more, an empty one, at the end."""
+    assert p.cu is not None
+    assert p.walks is not None
+    at = slice(p.num_sequences - 2, p.num_sequences)
+    last = slice(at.start, at.start + 1)
+    return p._replace(num_sequences=1, cu=p.cu[at], first_chunk=p.first_chunk[last], walks=p.walks[last])
+
+
 def fold(p: Problem, first_piece: Tensor, H: Tensor, M: Tensor, first: Tensor | None, last: Tensor) -> Tensor:
     """The states [pieces, HV, K, V] that the pieces start from; `p` is the uncut problem, `last` is written.
 
