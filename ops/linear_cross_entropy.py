@@ -107,8 +107,8 @@ def _fake(h: Tensor, head: Tensor, targets: Tensor, z_loss_coef: float, gradient
 
 def _times(dtotal: Tensor, dh: Tensor, dhead: Tensor, h: Tensor, head: Tensor) -> Outputs:
     # h and head are there for autograd alone: a second derivative goes through them, and is refused.
-    # A 0-d factor is multiplied in fp32 and leaves the dtype.
-    return tuple(dtotal * x for x in (dh, dhead))
+    # Of a 0-d factor on a card torch takes what x's dtype has of it.
+    return tuple((dtotal * x.to(dtotal.dtype)).to(x.dtype) for x in (dh, dhead))
 
 
 _linear_cross_entropy_backward = gradient(

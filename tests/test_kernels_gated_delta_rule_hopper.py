@@ -126,14 +126,9 @@ IN_WALKS = {
 
 @pytest.mark.parametrize("options", IN_WALKS.values(), ids=IN_WALKS)
 def test_in_walks_side_by_side(through_hopper, monkeypatch, options):
-    monkeypatch.setattr(kernels(), "WALK", 1)
-    cut = []
-    walks = kernels().walks
-    monkeypatch.setattr(kernels(), "walks", lambda *args: (cut.append(args[1]), walks(*args))[1])
+    monkeypatch.setattr(kernels(), "_in_walks", lambda p, scans, gates: kernels().walks(p, 20, gates))
     example = case(**options)
     found = kernel_outputs(*example)
-    assert len(cut) == 2
-    assert min(cut) > 1
     assert_matches(found, expected(*example), BOUNDS[torch.bfloat16])
     assert sorted(through_hopper) == ["launch_gradients", "launch_reverse_scan", "launch_scan", "launch_scan"]
     for _ in range(3):
@@ -163,11 +158,13 @@ def test_backward_in_two_parts(through_hopper, monkeypatch, options):
         assert all(torch.equal(found[name], whole[name]) for name in same)
 
 
-def test_keys_of_any_length_are_walked_uncut(monkeypatch):
-    """They can make a state longer, so that no decay is enough to forget it."""
-    monkeypatch.setattr(kernels(), "WALK", 1)
-    monkeypatch.setattr(kernels(), "walks", lambda *args: pytest.fail("cut"))
-    kernel_outputs(*case(length=64 * 9, norm=1.2, decay=0.1))
+@pytest.mark.parametrize("options", [{"norm": 1.2, "decay": 0.1}, UNIT, {"documents": [0, 9], **UNIT}], ids=str)
+def test_few_heads_are_cut_unless_keys_may_be_long(monkeypatch, options):
+    """Such keys can make a state longer, so that no decay is enough to forget it."""
+    cuts = []
+    monkeypatch.setattr(kernels(), "walks", lambda p, pieces, gates: cuts.append(pieces) or p)
+    kernel_outputs(*case(**{"length": 64 * 96, **options}))
+    assert cuts == ([] if "norm" in options else [3, 3])
 
 
 @pytest.mark.parametrize("batch", [1, 8])

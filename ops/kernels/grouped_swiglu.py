@@ -271,6 +271,21 @@ def _activation_gradient(g, w, hidden, dhidden, num_rows, row, own, n, F: tl.con
     return dw
 
 
+@triton.jit
+def _activation_gradients(g, w, hidden, dhidden, num_rows, row, own, n, F: tl.constexpr, BM: tl.constexpr,
+                          COLS: tl.constexpr, PIECES: tl.constexpr):  # fmt: skip
+    """The same a piece at a time: the whole tile's activations would not fit into the registers."""
+    if PIECES == 1:
+        dw = _activation_gradient(g, w, hidden, dhidden, num_rows, row, own, n, F, COLS)
+    else:
+        HALF: tl.constexpr = COLS // 2
+        FEWER: tl.constexpr = PIECES // 2
+        left, right = tl.split(tl.permute(tl.reshape(g, [BM, 2, HALF]), [0, 2, 1]))
+        dw = _activation_gradients(left, w, hidden, dhidden, num_rows, row, own, n, F, BM, HALF, FEWER)
+        dw += _activation_gradients(right, w, hidden, dhidden, num_rows, row, own, n + HALF, F, BM, HALF, FEWER)
+    return dw
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _hidden_gradient_kernel(
     dy, weights, order, ends, tiles, down, down_tma, hidden, dhidden, dweights, num_rows, dy_row,
@@ -279,6 +294,7 @@ def _hidden_gradient_kernel(
 ):  # fmt: skip
     """da, db and w h of a tile, one behind the other in dhidden, and its share of dw."""
     BLOCKS: tl.constexpr = (F + BN - 1) // BN
+    PIECES: tl.constexpr = 8 if BN == 256 else 2
     pid = tl.program_id(0)
     e = tl.load(tiles + 2 * (pid // BLOCKS))
     if e >= 0:
@@ -289,11 +305,8 @@ def _hidden_gradient_kernel(
         for k in tl.range(0, D, BK, num_stages=STAGES):
             grad = _gathered(rows, k, D, BK)
             g = tl.dot(grad, _tile(down, down_tma, e * D + k, n, e * D + D, F, BK, BN, TMA), g, input_precision=DOT)
-        # Half a tile at a time: the whole one's activations would not fit into the registers.
-        left, right = tl.split(tl.permute(tl.reshape(g, [BM, 2, BN // 2]), [0, 2, 1]))
         w = tl.load(weights + slot).to(tl.float32)[:, None]
-        dw = _activation_gradient(left, w, hidden, dhidden, num_rows, row, own, n, F, BN // 2)
-        dw += _activation_gradient(right, w, hidden, dhidden, num_rows, row, own, n + BN // 2, F, BN // 2)
+        dw = _activation_gradients(g, w, hidden, dhidden, num_rows, row, own, n, F, BM, BN, PIECES)
         tl.store(dweights + slot * BLOCKS + pid % BLOCKS, dw, mask=own)
 
 
@@ -304,6 +317,7 @@ def _input_gradient_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`blocks` blocks of columns of gate_e^T da + up_e^T db from block first_block on, each row at its slot of out."""
+    ROUNDED: tl.constexpr = (F + BK - 1) // BK * BK
     pid = tl.program_id(0)
     e = tl.load(tiles + 2 * (pid // blocks))
     if e >= 0:
@@ -311,13 +325,14 @@ def _input_gradient_kernel(
         first = tl.load(tiles + 2 * (pid // blocks) + 1)
         slot, own, _ = _slots(order, first, tl.load(ends + e), BM)
         acc = tl.zeros([BM, BN], tl.float32)
-        for k in tl.range(0, F, BK, num_stages=STAGES):
-            da = _tile(dhidden, dhidden_tma, first, k, num_rows, F, BM, BK, TMA)
-            weight = _tile(gate, gate_tma, e * F + k, n, e * F + F, D, BK, BN, TMA)
-            acc = tl.dot(da, weight, acc, input_precision=DOT)
-            db = _tile(dhidden, dhidden_tma, num_rows + first, k, 2 * num_rows, F, BM, BK, TMA)
-            weight = _tile(up, up_tma, e * F + k, n, e * F + F, D, BK, BN, TMA)
-            acc = tl.dot(db, weight, acc, input_precision=DOT)
+        # One loop over both: of two products a turn, the second would wait for the first one's sum.
+        for k in tl.range(0, 2 * ROUNDED, BK, num_stages=STAGES):
+            row, base, tma, f = first, gate, gate_tma, k
+            if k >= ROUNDED:
+                row, base, tma, f = num_rows + first, up, up_tma, k - ROUNDED
+            rows = _tile(dhidden, dhidden_tma, row, f, 2 * num_rows, F, BM, BK, TMA)
+            weight = _tile(base, tma, e * F + f, n, e * F + F, D, BK, BN, TMA)
+            acc = tl.dot(rows, weight, acc, input_precision=DOT)
         col = (pid % blocks) * BN + tl.arange(0, BN)
         at = out + slot.to(tl.int64)[:, None] * (blocks * BN) + col[None, :]
         tl.store(at, acc.to(out.dtype.element_ty), mask=own[:, None])
@@ -396,8 +411,8 @@ CONFIGS = (
            Tile(64, 128, 16, 4, 3)),
     Config(Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4), Tile(64, 128, 64, 4, 3), Tile(64, 128, 64, 4, 3),
            Tile(128, 128, 32, 8, 3)),
-    Config(Tile(128, 128, 64, 8, 4), Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(128, 256, 32, 8, 4),
-           Tile(128, 256, 64, 8, 3)),
+    Config(Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 4, 3), Tile(128, 256, 64, 8, 4), Tile(128, 256, 64, 8, 4),
+           Tile(256, 128, 64, 8, 7)),
 )  # fmt: skip
 _PLAIN = Tile(32, 32, 32, 4, 2)
 FP32 = Config(_PLAIN, _PLAIN, _PLAIN, _PLAIN, _PLAIN, tma=False)
