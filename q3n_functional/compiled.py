@@ -93,27 +93,36 @@ def compiled(loss: Callable[..., Any], mode: Mode, **options: Any) -> Callable[.
     return whole
 
 
+ROW, LARGE = 1024, 2**22
+
+
 def moves(**options: Any) -> optim.Moves:
-    """What moves a parameter, compiled with `options` of torch.compile for any size, as `optim.update_`'s `moves`."""
+    """What moves a parameter, compiled with `options` of torch.compile for any size, as `optim.update_`'s `moves`.
+
+    Small parameters are moved eagerly and together, which launches fewer kernels.
+    """
     decayed, plain, muon = (torch.compile(move, fullgraph=True, dynamic=True, **options) for move in optim.MOVES)
     return optim.Moves(
-        functools.partial(_in_rows, decayed, optim.decayed_), functools.partial(_in_rows, plain, optim.plain_), muon
+        functools.partial(_apart, decayed, optim.decayed_), functools.partial(_apart, plain, optim.plain_), muon
     )
 
 
-ROW = 1024
-
-
-def _in_rows(compiled_: Callable[..., None], eager: Callable[..., None], *tensors: Tensor, **options: Any) -> None:
-    """Moves a parameter as rows, which can be read in whole vectors whatever their number; a small one eagerly."""
-    size = tensors[0].numel()
-    if size < 2 * ROW or size % ROW or not all(x.is_contiguous() for x in tensors[:4]):
-        eager(*tensors, **options)
-    else:
-        compiled_(*(_rows(x) for x in tensors[:4]), *tensors[4:], **options)
+def _apart(compiled_: Callable[..., None], eager: Callable[..., None], *arguments: Any, **options: Any) -> None:
+    """Moves large parameters one by one, the others at once."""
+    small: list[tuple[Tensor, ...]] = []
+    for tensors in zip(*arguments[:4], strict=True):
+        if tensors[0].numel() >= LARGE and tensors[0].numel() % ROW == 0 and all(x.is_contiguous() for x in tensors):
+            compiled_(*([_rows(x)] for x in tensors), *arguments[4:], **options)
+        else:
+            small.append(tensors)
+    if small:
+        eager(*(list(kind) for kind in zip(*small, strict=True)), *arguments[4:], **options)
 
 
 def _rows(x: Tensor) -> Tensor:
-    """The memory of x as rows. Not a view: of one Dynamo asks what it is a view of, and compiles for every kind."""
+    """The memory of x as rows, which can be read in whole vectors whatever their number.
+
+    Not a view: of one Dynamo asks what it is a view of, and compiles for every kind.
+    """
     rows = torch.empty(0, dtype=x.dtype, device=x.device)
     return rows.set_(x.untyped_storage(), x.storage_offset(), (x.numel() // ROW, ROW), (ROW, 1))

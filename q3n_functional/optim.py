@@ -1,9 +1,9 @@
 """AdamW and Muon over a parameter tree: state in, state out, no optimizer object.
 
-AdamW is torch.optim's function: its fused kernel where the update runs eagerly; compiled, its plain form, of which
-Inductor makes one kernel with the clipping. Muon is the update of torch.optim.Muon, to which a test holds it, in a form
-that takes experts as one stack: torch.optim.Muon wants each matrix by itself. Parameters are moved one by one, so that
-compiling what moves one of them (`compiled.moves`) takes seconds however many there are.
+AdamW is torch.optim's function: its fused kernel where the update runs eagerly; its other forms, which Inductor fuses
+with the clipping, where it is compiled: as a whole, or, in seconds however many parameters there are, for one of them
+(`compiled.moves`). Muon is the update of torch.optim.Muon, to which a test holds it, in a form that takes experts as
+one stack: torch.optim.Muon wants each matrix by itself.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ class Groups(NamedTuple):
 
 
 class Moves(NamedTuple):
-    """What moves a parameter in place. See `compiled.moves`."""
+    """What moves parameters in place: lists of them, or one matrix. See `compiled.moves`."""
 
     decayed: Callable[..., None]
     plain: Callable[..., None]
@@ -111,21 +111,21 @@ def learning_rate(step: int, steps: int, optimizer: OptimizerConfig) -> float:
     return o.lr * (o.final_lr + (1 - o.final_lr) * min(left, 1.0))
 
 
-def decayed_(*tensors: Tensor, optimizer: OptimizerConfig) -> None:
-    """Moves one parameter by AdamW, with weight decay; arguments are those of `_adamw_`."""
-    _adamw_(*tensors, weight_decay=optimizer.weight_decay, optimizer=optimizer)
+def decayed_(*arguments: Any, optimizer: OptimizerConfig) -> None:
+    """Moves parameters by AdamW, with weight decay; arguments are those of `_adamw_`."""
+    _adamw_(*arguments, weight_decay=optimizer.weight_decay, optimizer=optimizer)
 
 
-def plain_(*tensors: Tensor, optimizer: OptimizerConfig) -> None:
-    """Moves one parameter by Adam."""
-    _adamw_(*tensors, weight_decay=0.0, optimizer=optimizer)
+def plain_(*arguments: Any, optimizer: OptimizerConfig) -> None:
+    """Moves parameters by Adam."""
+    _adamw_(*arguments, weight_decay=0.0, optimizer=optimizer)
 
 
 def _adamw_(
-    p: Tensor,
-    g: Tensor,
-    momentum: Tensor,
-    variance: Tensor,
+    params: list[Tensor],
+    gradients: list[Tensor],
+    momenta: list[Tensor],
+    variances: list[Tensor],
     step: Tensor,
     scale: Tensor,
     lr: Tensor,
@@ -133,19 +133,19 @@ def _adamw_(
     weight_decay: float,
     optimizer: OptimizerConfig,
 ) -> None:
-    """Moves one parameter and its moments by `scale` times its gradient."""
-    compiled = torch.compiler.is_compiling()
-    # In the parameter's dtype while they are moved: themselves where they are stored in it.
-    moments = [moment.to(p.dtype) for moment in (momentum, variance)]
+    """Moves parameters and their moments by `scale` times their gradients."""
+    compiled, num, stored = torch.compiler.is_compiling(), len(params), [*momenta, *variances]
+    # In the parameters' dtype while they are moved: themselves where they are stored in it.
+    moments = [moment.to(p.dtype) for moment, p in zip(stored, params * 2, strict=True)]
     adamw(
-        [p],
-        [g.to(p.dtype) * scale.to(p.device, p.dtype)],
-        [moments[0]],
-        [moments[1]],
+        params,
+        [g.to(p.dtype) * scale.to(p.device, p.dtype) for g, p in zip(gradients, params, strict=True)],
+        moments[:num],
+        moments[num:],
         [],
-        [step.clone()],  # it counts for every parameter; ours is one number
+        list(step.expand(num).clone()),  # it counts a step for every tensor; ours is one number
         fused=not compiled,
-        foreach=False,
+        foreach=compiled and num > 1,
         capturable=compiled,
         amsgrad=False,
         beta1=optimizer.beta1,
@@ -155,7 +155,7 @@ def _adamw_(
         eps=optimizer.eps,
         maximize=False,
     )
-    for old, new in zip((momentum, variance), moments, strict=True):
+    for old, new in zip(stored, moments, strict=True):
         if old is not new:
             old.copy_(new)
 
@@ -177,7 +177,8 @@ def orthogonalised(x: Tensor) -> Tensor:
     Singular values end between 0.7 and 1.2 rather than at 1, which serves as well (Jordan et al. 2024, "Muon").
     """
     wide = x.shape[-2] <= x.shape[-1]
-    y = (x if wide else x.mT).bfloat16().reshape(-1, *sorted(x.shape[-2:]))
+    y = (x if wide else x.mT).bfloat16()
+    y = y.reshape(-1, *y.shape[-2:])
     y = y / y.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = y @ y.mT
@@ -210,9 +211,9 @@ def update_(
     norm = total_norm(gradients, parallel)
     scale = (optimizer.clip_norm / (norm + 1e-6)).clamp(max=1.0)
     for names, move in ((groups.decayed, moves.decayed), (groups.plain, moves.plain)):
-        for name in names:
-            tensors = (params[name], gradients[name], state.momentum[name], state.variance[name])
-            move(*tensors, state.step, scale, lr, optimizer=optimizer)
+        kinds = (params, gradients, state.momentum, state.variance)
+        if names:
+            move(*([kind[name] for name in names] for kind in kinds), state.step, scale, lr, optimizer=optimizer)
     for name in groups.muon:
         moves.muon(params[name], gradients[name], state.momentum[name], scale, lr, optimizer)
     state.step.add_(1)

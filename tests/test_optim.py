@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.optim import AdamW, Muon
 
-from q3n_functional import optim, params
+from q3n_functional import compiled, optim, params
 from q3n_functional.optim import OptimizerConfig
 from q3n_functional.parallel import rules
 from q3n_functional.parallel.mesh import Mesh
@@ -93,13 +93,32 @@ def test_updates_are_those_of_torch_optim(name, scale):
 def test_the_compiled_update_is_the_eager_one(name):
     optimizer = OptimizerConfig(name=name, lr=1e-2)
     torch.compiler.reset()
-    compiled = torch.compile(optim.update_, fullgraph=True, dynamic=False, backend="aot_eager")
+    update = torch.compile(optim.update_, fullgraph=True, dynamic=False, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
-        ours, state, norm = moved(optimizer, update=compiled)
+        ours, state, norm = moved(optimizer, update=update)
     expected, expected_state, expected_norm = moved(optimizer)
     torch.testing.assert_close(norm, expected_norm)
     for leaf in expected:
         torch.testing.assert_close(ours[leaf], expected[leaf], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(state.momentum[leaf], expected_state.momentum[leaf])
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_large_parameters_moved_one_by_one_end_where_all_do(monkeypatch, name, backend):
+    """Compiled once for all sizes; what is no multiple of a row goes with the small ones."""
+    monkeypatch.setattr(compiled, "LARGE", 2 * compiled.ROW)
+    optimizer = OptimizerConfig(name=name, lr=1e-2)
+    large = [n for n, p in tree().items() if p.numel() >= compiled.LARGE and p.numel() % compiled.ROW == 0]
+    assert 5 < len(large) < len(tree())
+    torch.compiler.reset()
+    moves = compiled.moves(backend=backend)
+    with torch._dynamo.config.patch(error_on_recompile=name == "adamw"):
+        ours, state, norm = moved(optimizer, update=partial(optim.update_, moves=moves))
+    expected, expected_state, expected_norm = moved(optimizer)
+    assert torch.equal(norm, expected_norm)
+    for leaf in expected:
+        torch.testing.assert_close(ours[leaf], expected[leaf], rtol=1e-5, atol=1e-6 if name == "adamw" else 5e-4)
         torch.testing.assert_close(state.momentum[leaf], expected_state.momentum[leaf])
 
 
