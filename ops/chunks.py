@@ -11,6 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+STATES_BYTES = 2**29
+"""What the states of all chunks and their gradients may take in backward on Hopper; beyond it they are made in parts."""
+
 
 def num_chunks(batch: int, length: int, num_documents: int | None, chunk_size: int) -> int:
     """Chunks that are laid out: exact for rows, an upper bound that depends on shapes only for documents."""

@@ -22,9 +22,9 @@ from q3n_functional.ops.registration import (
 )
 
 IGNORE = -100  # as `q3n_functional.packing` has it; an op knows nothing of the package around it
-CHUNK_BYTES = 2**32
-"""What the logits of a chunk of tokens and their gradients may take together; every chunk reads and writes the fp32
-sum of the head's gradient, so that few chunks take less time."""
+CHUNK_BYTES = 5 * 2**30
+"""What the logits of a chunk of tokens may take, whose gradients take their place; of several, every chunk reads and
+writes the fp32 sum of the head's gradient, so that few take less time."""
 
 
 class Sums(NamedTuple):
@@ -46,9 +46,9 @@ def linear_cross_entropy(
 
     The gradients are computed with the loss, a chunk of tokens at a time: three matrix products in all, as without
     chunks, because what is differentiated has one factor still to come. Memory beyond inputs and gradients: at most
-    4 GiB for the chunk, whatever the number of tokens, and the fp32 sum of the head's gradient, 4 V D bytes. Saved for
-    backward: the gradients of h and head in their dtypes. (Hsu et al. 2024, Liger Kernel; torch 2.13 has a
-    linear_cross_entropy, without z-loss, torch.compile and torch.func.)
+    5 GiB for the chunk, whatever the number of tokens, and with several the fp32 sum of the head's gradient, 4 V D
+    bytes. Saved for backward: the gradients of h and head in their dtypes. (Hsu et al. 2024, Liger Kernel; torch 2.13
+    has a linear_cross_entropy, without z-loss, torch.compile and torch.func.)
 
     Raises ValueError for shapes or dtypes that do not fit, RuntimeError (on CUDA a device-side assertion) for a target
     that is neither a token nor -100.
@@ -66,9 +66,9 @@ def linear_cross_entropy(
     return Sums(sums[0], sums[1].detach(), sums[2].detach())
 
 
-def chunks(num_tokens: int, vocabulary: int, bytes_each: int) -> Iterator[slice]:
+def chunks(num_tokens: int, vocabulary: int, itemsize: int = 4) -> Iterator[slice]:
     """Ranges of tokens of one size, a multiple of 128 but for the last, whose logits take at most `CHUNK_BYTES`."""
-    most = max(CHUNK_BYTES // (vocabulary * bytes_each) // 128, 1) * 128
+    most = max(CHUNK_BYTES // (vocabulary * itemsize) // 128, 1) * 128
     num = -(-num_tokens // most)
     size = -(-num_tokens // max(num, 1) // 128) * 128
     for start in range(0, num_tokens, size or 1):

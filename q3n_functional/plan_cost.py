@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils.flop_counter import flop_registry
 
+from q3n_functional.ops.chunks import STATES_BYTES
 from q3n_functional.ops.linear_cross_entropy import CHUNK_BYTES
 from q3n_functional.parallel.mesh import AXES, Mesh
 from q3n_functional.plan_cards import (
@@ -99,15 +100,16 @@ def _experts_gradient_workspace(
 
 
 def _head_workspace(h: Tensor, head: Tensor, targets: Tensor, coef: float, gradients: bool, impl: str) -> int:
-    logits = len(h) * len(head) * (4 + h.itemsize * gradients)
-    return min(CHUNK_BYTES, logits) + 4 * head.numel() * gradients
+    logits = len(h) * len(head) * 4
+    return min(CHUNK_BYTES, logits) + 4 * head.numel() * (gradients and logits > CHUNK_BYTES)
 
 
 def _delta_rule_gradient_workspace(do: Any, dstate: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> int:
     # States and their gradients in front of every chunk, the corrected values, the rows that the inverse is read into.
     gates, inverse = rest[6:8]
     states = 2 * int(gates.shape[0]) * v.shape[2] * q.shape[3] * v.shape[3]
-    return (states + v.numel() + int(inverse.numel())) * v.itemsize
+    parts = 2 if states * v.itemsize > STATES_BYTES else 1
+    return ((states + v.numel()) // parts + int(inverse.numel())) * v.itemsize
 
 
 def _attention_gradient_workspace(do: Tensor, q: Tensor, k: Tensor, *rest: Any) -> int:

@@ -37,7 +37,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from q3n_functional.ops.chunks import num_chunks, saved_shapes
+from q3n_functional.ops.chunks import STATES_BYTES, num_chunks, saved_shapes
 from q3n_functional.ops.kernels import gated_delta_rule_hopper as hopper
 from q3n_functional.ops.kernels.gated_delta_rule_hopper_chunks import launch_chunks
 from q3n_functional.ops.kernels.gated_delta_rule_hopper_gradient import launch_gradients
@@ -49,7 +49,6 @@ MAX_HEAD_DIM = 256
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 NUM_SMS = hopper.NUM_SMS
 WALK = 32  # chunks that a piece has at least
-STATES_BYTES = 2**29  # that states and their gradients may take in backward
 
 
 @triton.jit(do_not_specialize=["num_docs", "num_tokens", "num_chunks"])

@@ -1,13 +1,14 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 """Cross-entropy of a linear head on CUDA: matrix products by cuBLAS a chunk of tokens at a time, the rest in Triton.
 
-With logits x of one token and log Z = log sum exp x, a program takes the row twice (the second time it lies in L2):
+With logits x of one token and log Z = log sum exp x, a program takes the row twice:
 
     cross-entropy = log Z - x[target]        z = (log Z)^2
     dx = exp(x - log Z) (1 + 2 c log Z) - onehot(target)
 
-The products take and give the inputs' dtype but for the logits and the sum of the head's gradient over the chunks, fp32
-both. Chunks depend on shapes alone and are added in their order, so repeated runs agree bit by bit.
+The second time it writes dx over x, in the inputs' dtype to the front of the row. The products take and give that dtype
+but for the logits and the sum of the head's gradient over several chunks, fp32 both. Chunks depend on shapes alone and
+are added in their order, so repeated runs agree bit by bit.
 """
 
 import torch
@@ -26,12 +27,12 @@ WARPS = 8
 @triton.jit(do_not_specialize_on_alignment=["targets", "cross_entropy", "z_loss"])
 def _row_kernel(
     logits, targets, cross_entropy, z_loss, gradient, coef,
-    V: tl.constexpr, BV: tl.constexpr, IGNORE: tl.constexpr, GRADIENT: tl.constexpr,
+    V: tl.constexpr, BV: tl.constexpr, STRIDE: tl.constexpr, IGNORE: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     v = tl.arange(0, BV)
     logits += row * V
-    gradient += row * V
+    gradient += row * STRIDE
     target = tl.load(targets + row)
     if target == IGNORE:
         tl.store(cross_entropy + row, 0.0)
@@ -56,6 +57,7 @@ def _row_kernel(
             for start in range(0, V, BV):
                 x = tl.load(logits + start + v, mask=start + v < V, other=-float("inf"))
                 dx = tl.exp(x - partition) * factor - (start + v == target).to(tl.float32)
+                tl.debug_barrier()  # all have read what lies where dx goes
                 tl.store(gradient + start + v, dx.to(gradient.dtype.element_ty), mask=start + v < V)
 
 
@@ -99,18 +101,19 @@ def forward(
     _check_targets(targets, vocabulary)
     terms = torch.empty(2, num, dtype=torch.float32, device=h.device)
     dh, dhead = torch.empty_like(h) if gradients else h.new_empty(0), None
-    for rows in chunks(num, vocabulary, 4 + h.element_size() if gradients else 4):
+    parts = list(chunks(num, vocabulary))
+    for rows in parts:
         logits = _product(h[rows], head.mT)
-        dlogits = torch.empty_like(logits, dtype=h.dtype) if gradients else logits
+        dlogits = logits.view(h.dtype)  # [M, V], or twice as wide
         _row_kernel[(len(logits),)](
             logits, targets[rows], terms[0, rows], terms[1, rows], dlogits, z_loss_coef,
-            V=vocabulary, BV=min(BLOCK, triton.next_power_of_2(vocabulary)), IGNORE=IGNORE, GRADIENT=gradients,
-            num_warps=WARPS,
+            V=vocabulary, BV=min(BLOCK, triton.next_power_of_2(vocabulary)), STRIDE=dlogits.shape[1], IGNORE=IGNORE,
+            GRADIENT=gradients, num_warps=WARPS,
         )  # fmt: skip
-        del logits
         if gradients:
+            dlogits = dlogits[:, :vocabulary]
             torch.mm(dlogits, head, out=dh[rows])
-            dhead = _added(dhead, dlogits.mT, h[rows])
+            dhead = dlogits.mT @ h[rows] if len(parts) == 1 else _added(dhead, dlogits.mT, h[rows])
     cross_entropy, z_loss = terms.sum(1)
     if dhead is None:
         dhead = torch.zeros_like(head) if gradients else head.new_empty(0)
