@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 STATES_BYTES = 2**29
-"""What the states of all chunks and their gradients may take in backward on Hopper; beyond it they are made in parts."""
+"""What states and their gradients of all chunks may take in backward on Hopper; beyond it they are made in parts."""
 
 
 def num_chunks(batch: int, length: int, num_documents: int | None, chunk_size: int) -> int:
