@@ -46,21 +46,21 @@ FP32_PRODUCT = 0.8
 """Of fp32 in products on the vector units (not measured here)."""
 COPY = 0.9
 """Of the memory's bandwidth in a copy: 0.90 measured on an H100 (examples/benchmarks/NOTES.md, decoding)."""
-LINK = 0.8
-"""Of NVLink and network in NCCL's rings: what nccl-tests reports for large messages (not measured here)."""
+LINK = 0.73
+"""Of NVLink and network in NCCL's rings: an all-reduce of 1 GiB between two H100 ran at 329 GB/s."""
 LAUNCH = 3e-6
 """Seconds that the shortest kernel takes with its launch (not measured here)."""
 NVLINK_ROUND, NETWORK_ROUND = 4e-6, 12e-6
 """Seconds of one of the log2(ranks) rounds that the first byte takes, in a host and between hosts (not measured)."""
 OPERATORS = {
-    # Model operations, as flops.py counts them, over dense bf16; from times on an H100 (NOTES.md, 1x32768; flash
-    # attention's are those of Dao 2023 at head dim 128, not measured here).
-    "gated_delta_rule": 0.083,
-    "gated_delta_rule_backward": 0.080,
+    # Model operations, as flops.py counts them, over dense bf16; from times on an H100 (NOTES.md: the delta rule at
+    # 1x32768, experts and attention over rows at 2x4096).
+    "gated_delta_rule": 0.146,
+    "gated_delta_rule_backward": 0.093,
     "grouped_swiglu": 0.45,
-    "grouped_swiglu_backward": 0.37,
-    "attention": 0.4,
-    "attention_backward": 0.3,
+    "grouped_swiglu_backward": 0.41,
+    "attention": 0.61,
+    "attention_backward": 0.26,
     "router_logits_backward": 0.25,
 }
 """The share of the dense bf16 peak that operators of this package reach; others reach `PRODUCT`."""
