@@ -61,7 +61,7 @@ def _row_kernel(
                 tl.store(gradient + start + v, dx.to(gradient.dtype.element_ty), mask=start + v < V)
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit
 def _scale_kernel(x, factor, out, size, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     scaled = tl.load(x + i, mask=i < size, other=0.0).to(tl.float32) * tl.load(factor)
