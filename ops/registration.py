@@ -24,7 +24,6 @@ Outputs = Tensor | tuple[Tensor, ...]
 
 logger = logging.getLogger("q3n_functional.ops")
 _library = torch.library.Library("q3n", "DEF")
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 
 class UnsupportedError(ValueError):
@@ -43,15 +42,21 @@ def check_documents(cu_seqlens: Tensor | None) -> None:
 
 
 def define(
-    name: str, schema: str, *, reference: Callable[..., Outputs], fake: Callable[..., Outputs], kernel: str | None
+    name: str,
+    schema: str,
+    *,
+    reference: Callable[..., Outputs],
+    fake: Callable[..., Outputs],
+    kernel: str | None,
+    layout: torch.Tag = torch.Tag.needs_fixed_stride_order,
 ) -> OpOverload:
     """Register the op `q3n::name` and return it.
 
     `reference` takes the schema's arguments but `impl`, runs on any device and returns fresh contiguous tensors;
     `fake` does the same for fake tensors. `kernel` is "module:function" below `q3n_functional.ops.kernels`, imported
-    when it first runs, or None while the op has none.
+    when it first runs, or None while the op has none. `layout` says which strides a compiler may give the arguments.
     """
-    _library.define(f"{name}{schema}", tags=_TAGS)
+    _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag, layout))
     run = functools.partial(_run, name, reference, kernel)
     for device in ("CPU", "CUDA"):
         _library.impl(name, run, device)

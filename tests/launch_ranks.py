@@ -1,15 +1,20 @@
-"""How two ranks agree, and a compiled step; prints how often its code came from a cache."""
+"""How two ranks agree, and a compiled step and exchange; prints how often the step's code came from a cache."""
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch._dynamo.utils import counters
 
-from q3n_functional.parallel import launch
+from q3n_functional.parallel import expert, launch, mesh, placement, rules
+from q3n_functional.params import SwiGLU
 from tests import parallel_ranks
+from tests.configs import small
 from tests.parallel_ranks import Case
 
 SMALLEST = {"num_hidden_layers": 1, "layer_types": ["linear_attention"], "num_experts": 0, "intermediate_size": 24}
@@ -46,8 +51,26 @@ def compiled(rank: int) -> None:
     dist.barrier()
 
 
+def exchange(rank: int) -> None:
+    """Experts of two ranks, compiled for numbers of slots that are data, give what they give eagerly."""
+    layout, config = mesh.parse("ep=2"), small()
+    parallel = placement.connect(layout, rules.layouts(config, layout), torch.float64, torch.device("cpu"))
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(rank), dtype=torch.float64, requires_grad=True)
+    p, x, weights = SwiGLU(draw(4, 6, 8), draw(4, 6, 8), draw(4, 8, 6)), draw(12, 8), draw(12, 2)
+
+    def results(function: Callable[..., Tensor], experts: Tensor) -> tuple[Tensor, ...]:
+        y = function(p, x, experts, weights, parallel)
+        return y, *torch.autograd.grad(y.square().sum(), (x, weights, *p))
+
+    compiled = torch.compile(expert.routed, fullgraph=True, dynamic=False)
+    everywhere = torch.arange(24).view(12, 2) % 8
+    for experts in (everywhere, everywhere % 4, everywhere % 4 + 4 * rank):  # even, all on one rank, all at home
+        torch.testing.assert_close(results(compiled, experts), results(expert.routed, experts), rtol=1e-10, atol=1e-10)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with launch.joined(launch.world(), torch.device("cpu")):
         agree(launch.world().rank, Path(sys.argv[1]) / "file")
         compiled(launch.world().rank)
+        exchange(launch.world().rank)
