@@ -57,6 +57,16 @@ class Parallel(NamedTuple):
     tp: Axis
     tokens: Axis
     world: Axis
+    gathered: bool = False
+    """Whether parameters come whole to where they are used, as `q3n_functional.parallel.ahead` brings them."""
+
+
+class Place(NamedTuple):
+    """A parameter where it is used: in which dtype, along which dim it is gathered, and which ranks hold copies."""
+
+    dtype: torch.dtype
+    dim: int | None
+    copies: list[Axis]
 
 
 def connect(
@@ -68,7 +78,7 @@ def connect(
     where the mesh does not have as many ranks as there are.
     """
     check_size(mesh, dist.get_world_size())
-    axes = {name: _axis(mesh, spanned, device, timeout) for name, spanned in GROUPS.items()}
+    axes: dict[str, Any] = {name: _axis(mesh, spanned, device, timeout) for name, spanned in GROUPS.items()}
     return Parallel(mesh, layouts, dtype, **axes)
 
 
@@ -95,17 +105,22 @@ def _outer(mesh: Mesh, outside: list[int]) -> int:
 
 def whole(shards: T, layouts: Any, parallel: Parallel | None) -> T:
     """Parameters as a block uses them: gathered from the ranks that share them out, still cut over tp and ep."""
-    if parallel is None:
+    if parallel is None or parallel.gathered:
         return shards
     return cast(T, pytree.tree_map(lambda p, where: _used(p, where, parallel), shards, layouts))
 
 
 def _used(p: Tensor, where: Layout, parallel: Parallel) -> Tensor:
+    dtype, dim, copies = place(where, parallel)
+    return parameter(p, dtype, parallel.fsdp, dim, copies)
+
+
+def place(where: Layout, parallel: Parallel) -> Place:
+    """How a parameter that lies so is used."""
     axes = (parallel.replicate, parallel.ep, parallel.tp)
     dims = (None, where.ep, where.tp)
     copies = [axis for axis, dim in zip(axes, dims, strict=True) if dim is None]
-    dtype = torch.promote_types(where.spec.dtype or parallel.dtype, parallel.dtype)
-    return parameter(p, dtype, parallel.fsdp, where.fsdp, copies)
+    return Place(torch.promote_types(where.spec.dtype or parallel.dtype, parallel.dtype), where.fsdp, copies)
 
 
 def enter_block(x_BTD: Tensor, parallel: Parallel | None) -> Tensor:

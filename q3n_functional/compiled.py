@@ -46,10 +46,11 @@ def full_dense(*arguments: Any, **options: Any) -> Any:
     return model.layer(*arguments, **options)
 
 
-def stages(any_length: bool = False, **options: Any) -> Stages:
+def stages(any_length: bool = False, ahead: bool = False, **options: Any) -> Stages:
     """The parts of `model.loss`, each compiled with `options` of torch.compile, as its `stages`.
 
-    A step is then one graph for each kind of layer, forward and backward, and one for what stands behind them.
+    A step is then one graph for each kind of layer, forward and backward, and one for what stands behind them. `ahead`
+    is that of `Stages`.
     """
     compile_ = functools.partial(torch.compile, fullgraph=True, dynamic=False, **options)
     kinds = {
@@ -73,7 +74,7 @@ def stages(any_length: bool = False, **options: Any) -> Stages:
         result: tuple[Tensor, Metrics] = finish(params, x_BTD, *rest, **named)
         return result
 
-    return Stages(layer, finished)
+    return Stages(layer, finished, ahead)
 
 
 def mark_length(tree: Any, length: int) -> None:
@@ -83,12 +84,17 @@ def mark_length(tree: Any, length: int) -> None:
             torch._dynamo.mark_dynamic(leaf, 1)
 
 
-def compiled(loss: Callable[..., Any], mode: Mode, **options: Any) -> Callable[..., Any]:
-    """`loss`, a function that takes `stages` as `model.loss` does, compiled as `mode` says."""
+def compiled(loss: Callable[..., Any], mode: Mode, ahead: bool = False, **options: Any) -> Callable[..., Any]:
+    """`loss`, a function that takes `stages` as `model.loss` does, compiled as `mode` says.
+
+    `ahead` is that of `Stages`. Raises ValueError for it in one graph of everything, which has no outside to send from.
+    """
+    if mode == "model" and ahead:
+        raise ValueError("ahead with mode 'model': what is sent ahead is between graphs, so compile layers")
     if mode == "none":
-        return loss
+        return functools.partial(loss, stages=Stages(ahead=True)) if ahead else loss
     if mode == "layers":
-        return functools.partial(loss, stages=stages(**options))
+        return functools.partial(loss, stages=stages(ahead=ahead, **options))
     whole: Callable[..., Any] = torch.compile(loss, fullgraph=True, dynamic=False, **options)
     return whole
 

@@ -6,6 +6,7 @@ Letters: B batch, T time, D model width, V vocabulary, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,6 +20,7 @@ from q3n_functional.feed_forward import RouterStatistics
 from q3n_functional.float8 import Float8
 from q3n_functional.layers import Context, context, decoder_layer, on_ranks, rms_norm
 from q3n_functional.packing import IGNORE, Documents, same_document, shift
+from q3n_functional.parallel import ahead
 from q3n_functional.parallel.context import piece
 from q3n_functional.parallel.placement import Parallel, cross_entropy, embed, summed, whole, worth
 from q3n_functional.params import DecoderLayer, LinearAttention, MultiTokenPrediction, Parameters
@@ -226,7 +228,8 @@ def layer(
 ) -> tuple[Tensor, RouterStatistics | None]:
     """A layer as `loss` runs it: no state comes in or out, and backward computes again what `recompute` says.
 
-    With `layouts`, `p` are the rank's shards, which are gathered here and again in backward.
+    With `layouts`, `p` are the rank's shards, which are gathered here and again in backward; or they come whole where
+    they are `gathered` before, and no copy of them is kept either.
     """
 
     def run(p: DecoderLayer, x_BTD: Tensor, shared: Context) -> tuple[Tensor, RouterStatistics | None]:
@@ -287,6 +290,8 @@ class Stages(NamedTuple):
 
     layer: Callable[..., tuple[Tensor, RouterStatistics | None]] = layer
     finish: Callable[..., tuple[Tensor, Metrics]] = finish
+    ahead: bool = False
+    """Whether ranks send for what a function reads while the one before it runs: `q3n_functional.parallel.ahead`."""
 
 
 def loss(
@@ -316,18 +321,37 @@ def loss(
     recompute: what each layer computes again in backward rather than keeps; see `q3n_functional.recompute`.
     float8: the layers' products that are in float8; see `q3n_functional.float8`.
     """
+    use: ahead.Use = partial(_used, _parts(params))
+    if stages.ahead and parallel is not None:
+        use = ahead.begin(_parts(params), _parts(parallel.layouts), parallel)
+        parallel = parallel._replace(gathered=True)
     shared = context(tokens_BT, documents, None, config)._replace(float8=float8)
     shared = on_ranks(shared, tokens_BT, parallel, config=config)
-    x_BTD = embed(piece(tokens_BT, parallel), _outer(params, "embed_tokens", parallel), parallel)
+    x_BTD = embed(piece(tokens_BT, parallel), use(0, _outer, "embed_tokens", parallel), parallel)
     statistics = []
-    for i, p in enumerate(params.layers):
+    for i in range(len(params.layers)):
         layouts = parallel and parallel.layouts.layers[i]
-        x_BTD, new = stages.layer(p, x_BTD, shared, layouts, config=config, recompute=recompute)
+        x_BTD, new = use(1 + i, stages.layer, x_BTD, shared, layouts, config=config, recompute=recompute)
         statistics += [] if new is None else [new]
-    return stages.finish(
-        params._replace(layers=()), x_BTD, statistics, tokens_BT, documents, labels_BT, num_targets, parallel,
+    result: tuple[Tensor, Metrics] = use(
+        len(params.layers) + 1, stages.finish,
+        x_BTD, statistics, tokens_BT, documents, labels_BT, num_targets, parallel,
         config=config, z_loss_coef=z_loss_coef, recompute=recompute, float8=float8,
     )  # fmt: skip
+    return result
+
+
+def _parts(params: Parameters) -> tuple[Any, ...]:
+    """What each function of a loss reads: the tree with the embedding alone, every layer, the tree for `finish`."""
+    nothing: Any = ()
+    again = isinstance(params.lm_head, tuple) or isinstance(params.mtp, MultiTokenPrediction)
+    first = Parameters(params.embed_tokens, (), nothing, (), ())
+    behind = params._replace(embed_tokens=params.embed_tokens if again else nothing, layers=())
+    return first, *params.layers, behind
+
+
+def _used(parts: Sequence[Any], number: int, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    return function(parts[number], *arguments, **options)
 
 
 def _over_ranks(statistics: RouterStatistics, parallel: Parallel | None) -> RouterStatistics:

@@ -130,11 +130,13 @@ def functions(
     optim.check_whole(groups, parallel)
     update = partial(optim.update_, parallel=parallel, groups=groups, optimizer=config.optimizer)
     reason = missing_compiler(device) if config.compile != "none" else "compile is none"
+    ahead = config.overlap and config.compile == "layers"
     if reason:
         logger.info("running eagerly: %s", reason)
-        return loss, update
-    options = {"options": overlap.OPTIONS} if config.overlap else {}
-    return compiled.compiled(loss, config.compile, **options), partial(update, moves=compiled.moves(**options))
+        return compiled.compiled(loss, "none", ahead=ahead), update
+    options = {"options": overlap.OPTIONS} if config.overlap and not ahead else {}
+    found: Loss = compiled.compiled(loss, config.compile, ahead=ahead, **options)
+    return found, partial(update, moves=compiled.moves(**options))
 
 
 def make_step(

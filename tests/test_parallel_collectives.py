@@ -215,10 +215,20 @@ def test_shards_come_and_gradients_go_while_blocks_compute():
     assert behind(backward, "S") >= 8, backward
 
 
-@pytest.mark.skipif(not overlap.SOUND, reason="this torch orders it wrongly")
-@pytest.mark.parametrize(("asked", "options"), [("--overlap", {"options": overlap.OPTIONS}), ("--no-overlap", {})])
-def test_training_is_compiled_in_that_order_where_asked(tmp_path, monkeypatch, asked, options):
+ORDERED = pytest.mark.skipif(not overlap.SOUND, reason="this torch orders it wrongly")
+
+
+@pytest.mark.parametrize(
+    ("mode", "asked", "options"),
+    [
+        pytest.param("model", "--overlap", {"ahead": False, "options": overlap.OPTIONS}, marks=ORDERED),
+        ("model", "--no-overlap", {"ahead": False}),
+        ("layers", "--overlap", {"ahead": True}),
+        ("layers", "--no-overlap", {"ahead": False}),
+    ],
+)
+def test_training_is_compiled_in_that_order_where_asked(tmp_path, monkeypatch, mode, asked, options):
     monkeypatch.setattr(step, "missing_compiler", lambda device: None)
     monkeypatch.setattr(step.compiled, "compiled", lambda loss, mode, **found: found)
-    settings = runs.config(tmp_path, "--compile=layers", "--mesh.dp=2", asked)
+    settings = runs.config(tmp_path, f"--compile={mode}", "--mesh.dp=2", asked)
     assert step.functions(settings, settings.model, torch.device("cpu"))[0] == options

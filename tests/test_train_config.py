@@ -79,5 +79,6 @@ def test_the_command_line_wins_over_the_file(tmp_path):
 
 def test_overlap_needs_a_torch_that_orders_it_right(tmp_path, monkeypatch):
     monkeypatch.setattr(train_config, "SOUND", False)
-    with pytest.raises(ValueError, match=r"overlap with torch .*: it needs 2\.13"):
-        runs.config(tmp_path, "--compile=layers", "--mesh.dp=2", "--overlap")
+    with pytest.raises(ValueError, match=r"overlap with compile 'model' and torch .*: it needs 2\.13"):
+        runs.config(tmp_path, "--compile=model", "--mesh.dp=2", "--overlap")
+    assert runs.config(tmp_path, "--compile=layers", "--mesh.dp=2", "--overlap").overlap

@@ -4,7 +4,8 @@
 
 Prints a table and writes results/scaling.json. Computed in bf16 over fp32 parameters, AdamW with moments in bf16,
 random tokens, vocabulary 151,936, no prediction module, every kind of layer compiled once. --cards 2: three linear
-layers and one of full attention, 128 experts. Cases: fsdp 2 and ep 2, twice the rows on twice the cards; tp 2 with
+layers and one of full attention, 128 experts. With dp, cards also send for parameters one layer ahead (`ahead`, the
+`--overlap` of training). Cases: fsdp 2 and ep 2, twice the rows on twice the cards; tp 2 with
 sequence parallelism and cp 2 on a row of 128k tokens (layers recomputed), the same batch on twice the cards. --cards 8:
 twelve layers, 64 experts where one card has to hold them, 512 where eight do. Metrics: step_ms, the median of forward,
 backward and update, of the slowest rank; tokens_per_s of all cards; peak_gib of the fullest card; efficiency, tokens a
@@ -64,7 +65,7 @@ CASES = {
     "cp 8 1x1048576": Case("cp=8", 1, 1048576, 0, "full", 12, 64),
     "ep 8 16x4096, 512 experts": Case("ep=8", 16, 4096, 0, "selective", 12, 512),
 }
-ONE, ALL, PLAN = "q3n one card", "q3n all cards", "q3n plan"
+ONE, ALL, AHEAD, PLAN = "q3n one card", "q3n all cards", "q3n all cards, ahead", "q3n plan"
 UNITS = {"step_ms": "ms", "tokens_per_s": "tokens/s", "peak_gib": "GiB", "efficiency": "1", "first_step_s": "s"}
 ADAMW = optim.OptimizerConfig(lr=1e-4)
 
@@ -95,7 +96,9 @@ def shards(config: Config, layout: mesh.Mesh, device: torch.device) -> params.Pa
     return cast(params.Parameters, pytree.tree_map(draw, rules.layouts(config, layout)))
 
 
-def stepper(case: Case, config: Config, layout: mesh.Mesh, device: torch.device, tiny: bool) -> Callable[[], object]:
+def stepper(
+    case: Case, config: Config, layout: mesh.Mesh, device: torch.device, tiny: bool, ahead: bool
+) -> Callable[[], object]:
     """A whole step of this rank."""
     dtype, parallel = torch.float32 if tiny else torch.bfloat16, None
     if layout.size > 1:
@@ -108,7 +111,7 @@ def stepper(case: Case, config: Config, layout: mesh.Mesh, device: torch.device,
         device
     )
     function = functools.partial(model.loss, parallel=parallel, config=config, recompute=case.recompute)
-    loss = compiled.compiled(function, "none" if tiny else "layers")
+    loss = compiled.compiled(function, "none" if tiny else "layers", ahead=ahead)
     moves = optim.MOVES if tiny else compiled.moves()
     update = functools.partial(optim.update_, parallel=parallel, groups=groups, optimizer=ADAMW, moves=moves)
     lr = torch.tensor(1e-4, device=device)
@@ -129,9 +132,9 @@ def working(masters: params.Parameters, dtype: torch.dtype, parallel: Parallel |
     return cast(params.Parameters, pytree.tree_map(lambda p: to(p.detach()).requires_grad_(), masters))
 
 
-def measure(name: str, alone: bool, tiny: bool) -> dict[str, float]:
+def measure(name: str, implementation: str, tiny: bool) -> dict[str, float]:
     """Runs on every rank; the slowest rank's time, the fullest card's memory."""
-    case, where = CASES[name], launch.world()
+    case, where, alone = CASES[name], launch.world(), implementation == ONE
     config = shape(case, tiny)
     layout = mesh.Mesh() if alone else mesh.parse(case.layout)
     case = case._replace(length=case.length // 64) if tiny else case
@@ -139,7 +142,8 @@ def measure(name: str, alone: bool, tiny: bool) -> dict[str, float]:
     card = torch.cuda.is_available()
     device = launch.own_device(torch.device("cuda" if card else "cpu"), where)
     with launch.joined(where, device):
-        step, wait = stepper(case, config, layout, device, tiny), torch.cuda.synchronize if card else (lambda: None)
+        step = stepper(case, config, layout, device, tiny, implementation == AHEAD)
+        wait = torch.cuda.synchronize if card else (lambda: None)
         begin = time.perf_counter()
         step()
         wait()
@@ -158,11 +162,11 @@ def measure(name: str, alone: bool, tiny: bool) -> dict[str, float]:
     return {**values, "tokens_per_s": rows * case.length / values["step_ms"] * 1e3}
 
 
-def launched(name: str, alone: bool, tiny: bool) -> dict[str, float]:
+def launched(name: str, implementation: str, tiny: bool) -> dict[str, float]:
     """What a launch of torchrun measured; its last words where it failed."""
-    ranks = 1 if alone else mesh.parse(CASES[name].layout).size
+    ranks = 1 if implementation == ONE else mesh.parse(CASES[name].layout).size
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += [__file__, "--measure", name, ONE if alone else ALL, *(["--tiny"] if tiny else [])]
+    command += [__file__, "--measure", name, implementation, *(["--tiny"] if tiny else [])]
     process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode:
         said = [line for line in process.stderr.splitlines() if "Error" in line and "ChildFailedError" not in line]
@@ -191,9 +195,11 @@ def measured(names: list[str], options: argparse.Namespace) -> None:
         case = CASES[name]
         key = case._replace(layout="", rows=case.rows_of_one)
         if case.rows_of_one and key not in of_one:
-            of_one[key] = report.measured(name, ONE, functools.partial(launched, name, True, options.tiny))
+            of_one[key] = report.measured(name, ONE, functools.partial(launched, name, ONE, options.tiny))
         one = [{**row, "case": name} for row in of_one.get(key, [])]
-        rows += [*one, *report.measured(name, ALL, functools.partial(beside, name, one, options.tiny))]
+        rows += one
+        for kind in (ALL, AHEAD) if mesh.parse(case.layout).dp > 1 else (ALL,):
+            rows += report.measured(name, kind, functools.partial(beside, name, kind, one, options.tiny))
         report.write(rows, "scaling", options.commit, options.out)
 
 
@@ -206,7 +212,7 @@ def main() -> None:
     parser.add_argument("--measure", nargs=2, metavar=("CASE", "IMPLEMENTATION"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        values = measure(options.measure[0], options.measure[1] == ONE, options.tiny)
+        values = measure(*options.measure, options.tiny)
         if launch.world().lead:
             print(json.dumps(values))
         return
@@ -226,9 +232,9 @@ def main() -> None:
     report.write(rows, f"scaling_plan_{options.cards}", options.commit, options.out)
 
 
-def beside(name: str, one: report.Rows, tiny: bool) -> dict[str, float]:
+def beside(name: str, implementation: str, one: report.Rows, tiny: bool) -> dict[str, float]:
     """The measurement of all cards with their efficiency beside one, if that could be measured."""
-    values, before = launched(name, False, tiny), {row["metric"]: row["value"] for row in one}
+    values, before = launched(name, implementation, tiny), {row["metric"]: row["value"] for row in one}
     if "tokens_per_s" in before:
         ranks = mesh.parse(CASES[name].layout).size
         values["efficiency"] = values["tokens_per_s"] / ranks / before["tokens_per_s"]
