@@ -32,13 +32,14 @@ import tyro
 from tyro.conf import Positional, arg
 
 from q3n_functional.cli_serve import Sampling, chat, serve
+from q3n_functional.sampling_options import Options
 
 if TYPE_CHECKING:
     from q3n_functional.config import Config
     from q3n_functional.parallel.launch import World
 
-# Commands import what they need: help and usage errors come without the second that torch takes to load, but for the
-# commands whose options are defined beside it: train, profile, generate and chat.
+# Commands import what they need: help and usage errors come without the second that torch takes to load, but for those
+# of train and profile, whose options are defined beside it.
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -111,6 +112,8 @@ class Shares:
 
 def generate(arguments: Sequence[str]) -> None:
     """Runs `q3n generate`, on one rank of a mesh under torchrun."""
+    if {"-h", "--help"} & set(arguments):
+        tyro.cli(_generate, prog="q3n generate", args=["--help"])
     from q3n_functional.parallel.launch import world
 
     with _as_rank(world()):
@@ -127,7 +130,7 @@ def _generate(
     draft_tokens: int = 0,
     compile: bool = False,
     device: str = "auto",
-    options: Sampling,
+    options: Sampling = Options(),  # noqa: B008  # immutable
     mesh: Shares = Shares(),
 ) -> None:
     """Continues PROMPT with the model in FOLDER, and prints the text as it is written.

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 from tyro.conf import Positional, arg
+
+from q3n_functional.sampling_options import Options, check_bias
 
 if TYPE_CHECKING:
     import torch
 
-    from q3n_functional.sampling import Options
-
 DType = Literal["keep", "float32", "bfloat16", "float16"]
 
 
-def _options() -> type[Options]:
-    from q3n_functional.sampling import Options
-
-    return Options
-
-
-Sampling = Annotated[Any, arg(name="", constructor_factory=_options)]
-"""`sampling.Options` as options of a command; it comes with torch, so only the commands that have it import it."""
+Sampling = Annotated[Options, arg(name="")]
+"""`sampling.Options` as options of a command."""
 
 
 def chat(
@@ -33,7 +27,7 @@ def chat(
     max_new_tokens: int = 1024,
     dtype: DType = "keep",
     device: str = "auto",
-    options: Sampling,
+    options: Sampling = Options(),  # noqa: B008  # immutable
 ) -> None:
     """Talks with the model in FOLDER by its chat template: a line is a turn, Ctrl-C ends an answer, Ctrl-D the talk.
 
@@ -48,7 +42,6 @@ def chat(
     """
     from q3n_functional import chat as chats
     from q3n_functional.config import Config
-    from q3n_functional.sampling import check_bias
     from q3n_functional.train_state import model_folder
 
     found = model_folder(folder)
