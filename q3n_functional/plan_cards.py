@@ -47,7 +47,7 @@ FP32_PRODUCT = 0.8
 COPY = 0.9
 """Of the memory's bandwidth in a copy: 0.90 measured on an H100 (examples/benchmarks/NOTES.md, decoding)."""
 LINK = 0.73
-"""Of NVLink and network in NCCL's rings: an all-reduce of 1 GiB between two H100 ran at 329 GB/s."""
+"""Of NVLink and network in NCCL's rings: an all-reduce of 1 GiB between two H100 ran at 329 GB/s (no script here)."""
 LAUNCH = 3e-6
 """Seconds that the shortest kernel takes with its launch (not measured here)."""
 NVLINK_ROUND, NETWORK_ROUND = 4e-6, 12e-6

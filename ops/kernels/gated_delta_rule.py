@@ -1091,15 +1091,15 @@ def backward(
         _launch_chunks(p, A_log, dt_bias, gates, Y, P, None, scale, qk_l2norm, beta_scale, False)
     gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, g, beta)]
     d_gate = torch.empty(2, v.shape[2], p.num_chunks if A_log is not None else 0, dtype=torch.float32, device=q.device)
-    parts = [(_part(p, 0, p.num_sequences, 0, p.num_chunks), initial, d_final, d_initial)]
-    if fast and _forgets(qk_l2norm, beta_scale):
+    parts = [(Part(p, slice(None), slice(None)), initial, d_final, d_initial)]
+    if fast and _forgets(qk_l2norm, beta_scale) and _has_large_states(p):
         parts = _parts(p, gates, Y, scale, initial, d_final, d_initial, gradients[2])
     for part, S, dS_behind, dS in parts:
         _backward_of_part(
             part.problem, grad[part.tokens], gates[part.chunks], Y[part.chunks], P, A_log, dt_bias, S, dS_behind, dS,
             [x.flatten(0, 1)[part.tokens] for x in gradients], d_gate[..., part.chunks], scale, qk_l2norm, beta_scale,
         )  # fmt: skip
-    dA_log, ddt_bias = (q.new_empty(0),) * 2 if A_log is None else d_gate.sum(-1)
+    dA_log, ddt_bias = (q.new_empty(0), q.new_empty(0)) if A_log is None else d_gate.sum(-1)
     if A_log is not None and dt_bias is not None:
         dA_log, ddt_bias = dA_log.to(A_log.dtype), ddt_bias.to(dt_bias.dtype)
     dq, dk, dv, dg, dbeta = gradients
@@ -1116,9 +1116,6 @@ class Part(NamedTuple):
 
 def _part(p: Problem, first: int, end: int, first_chunk: int, end_chunk: int) -> Part:
     """The sequences from `first` to `end`, or of one sequence the chunks from `first_chunk` to `end_chunk`."""
-    chunks = slice(first_chunk, end_chunk)
-    if end_chunk - first_chunk == p.num_chunks:
-        return Part(p, slice(None), chunks)
     C = int(p.constants["C"])
     length = p.length if p.num_sequences > 1 else min(end_chunk * C, p.length) - first_chunk * C
     start = first * p.length if p.num_sequences > 1 else first_chunk * C
@@ -1127,30 +1124,31 @@ def _part(p: Problem, first: int, end: int, first_chunk: int, end_chunk: int) ->
     part = p._replace(
         q=q, k=k, v=v, g=g, beta=beta, num_sequences=end - first, length=length, num_chunks=end_chunk - first_chunk
     )
-    return Part(part, tokens, chunks)
+    return Part(part, tokens, slice(first_chunk, end_chunk))
+
+
+def _has_large_states(p: Problem) -> bool:
+    """Whether the states of all chunks and their gradients take more than `STATES_BYTES`, and rows can be parted."""
+    c = p.constants
+    size = 2 * p.num_chunks * c["HV"] * c["K"] * c["V"] * p.v.element_size()
+    return p.cu is None and p.num_chunks > 1 and size > STATES_BYTES
 
 
 def _parts(
     p: Problem, gates: Tensor, Y: Tensor, scale: float, initial: Tensor | None, d_final: Tensor | None,
     d_initial: Tensor, scratch: Tensor,
 ) -> list[tuple[Part, Tensor | None, Tensor | None, Tensor]]:  # fmt: skip
-    """The parts of a problem in backward's order, each with its initial state, and the final and initial gradients.
+    """Two parts of a problem in backward's order, each with its initial state, and the final and initial gradients.
 
-    Two where the states of all chunks and their gradients would take more than `STATES_BYTES`: half of the sequences
-    each, or of one sequence its halves. `scratch` has v's shape.
+    Half of the sequences each, or of one sequence its halves. `scratch` has v's shape.
     """
     c, chunks, sequences = p.constants, p.num_chunks, p.num_sequences
-    size = 2 * chunks * c["HV"] * c["K"] * c["V"] * p.v.element_size()
-    if p.cu is not None or chunks < 2 or size <= STATES_BYTES:
-        return [(_part(p, 0, sequences, 0, chunks), initial, d_final, d_initial)]
     if sequences > 1:
-        half = sequences // 2
-        rows = [(half, sequences), (0, half)]
-        states = lambda x, a, b: None if x is None else x[a:b]  # noqa: E731
+        half, each = sequences // 2, chunks // sequences
         return [
-            (_part(p, a, b, a * chunks // sequences, b * chunks // sequences), states(initial, a, b),
-             states(d_final, a, b), d_initial[a:b])
-            for a, b in rows
+            (_part(p, a, b, a * each, b * each), None if initial is None else initial[a:b],
+             None if d_final is None else d_final[a:b], d_initial[a:b])
+            for a, b in ((half, sequences), (0, half))
         ]  # fmt: skip
     before, behind = _part(p, 0, 1, 0, chunks // 2), _part(p, 0, 1, chunks // 2, chunks)
     middle, d_middle = (
