@@ -4,13 +4,13 @@
 
 Prints a table and writes results/decode.json. Three linear layers and one of full attention, 128 experts, vocabulary
 151,936, bf16, the same weights and prompts for all. Cases "batch 1" and "batch 32": steps behind prompts of 1,024
-tokens, drawn at temperature 1 (transformers: the likeliest token). Case "prefill 32768": one prompt into a cache. Cases
-"drafts 1" to "drafts 3": batch 1 with so many drafts a step of the prediction module, beside "drafts 0"; with --folder
-they run on a trained model, without one on drawn weights, whose acceptance says little. Implementations: q3n, compiled;
-q3n graph, compiled and in a CUDA graph; q3n captured, the same without compiling; q3n eager; transformers, with
-flash-linear-attention where that is installed. Metrics: ms_per_token, of one sequence; first_step_s, compiling and
-capturing; prefill_ms and tokens_per_s; acceptance_rate. Every implementation runs in a process of its own. --tiny is
-for a machine without a card.
+tokens, drawn at temperature 1 (transformers: the likeliest token). Cases "prefill 32768" and "prefill 1048576": one
+prompt into a cache, here 32,768 tokens at a time. Cases "drafts 1" to "drafts 3": batch 1 with so many drafts a step of
+the prediction module, beside "drafts 0"; with --folder they run on a trained model, without one on drawn weights, whose
+acceptance says little. Implementations: q3n, compiled; q3n graph, compiled and in a CUDA graph; q3n captured, the same
+without compiling; q3n eager; transformers, with flash-linear-attention where that is installed. Metrics: ms_per_token,
+of one sequence; first_step_s, compiling and capturing; prefill_ms, tokens_per_s and peak_gib, weights and cache
+included; acceptance_rate. Every implementation runs in a process of its own. --tiny is for a machine without a card.
 """
 
 import argparse
@@ -35,9 +35,14 @@ from q3n_functional.sampling import Options
 from q3n_functional.train_state import model_folder
 
 LINEAR, FULL = "linear_attention", "full_attention"
-CASES = ("batch 1", "batch 32", "prefill 32768", "drafts 0", "drafts 1", "drafts 2", "drafts 3")
-UNITS = {"ms_per_token": "ms", "first_step_s": "s", "prefill_ms": "ms", "tokens_per_s": "1/s", "acceptance_rate": "1"}
+CASES = ("batch 1", "batch 32", "prefill 32768", "drafts 0", "drafts 1", "drafts 2", "drafts 3", "prefill 1048576")
+UNITS = {
+    "ms_per_token": "ms", "first_step_s": "s", "prefill_ms": "ms", "tokens_per_s": "1/s", "acceptance_rate": "1",
+    "peak_gib": "GiB",
+}  # fmt: skip
 PROMPT, STEPS, WARM, ROUNDS = 1024, 64, 4, 3
+PIECE = 32768
+"""Tokens of a long prompt that are read at a time."""
 Values = dict[str, float]
 
 
@@ -64,12 +69,12 @@ def sizes(tiny: bool) -> tuple[int, int]:
     return (PROMPT // 16, 4) if tiny else (PROMPT, STEPS)
 
 
-def timed(step: Callable[[], object], steps: int, device: str) -> float:
+def timed(step: Callable[[], object], steps: int, device: str, warm: int = WARM, rounds: int = ROUNDS) -> float:
     """The milliseconds of a step: the best of some rounds of so many, with no wait between them."""
-    for _ in range(WARM):
+    for _ in range(warm):
         step()
     found = []
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         wait(device)
         begin = time.perf_counter()
         for _ in range(steps):
@@ -155,11 +160,17 @@ def prefill(config: Config, tree: params.Parameters, length: int, mode: Mode, de
 
     def run() -> torch.Tensor:
         cache = caches.empty(config, 1, length, torch.bfloat16, device)
-        return generate.prefill(tree, prompt, cache, config=config, chunk_length=length, extend=extend)[0]
+        return generate.prefill(tree, prompt, cache, config=config, chunk_length=PIECE, extend=extend)[0]
 
+    return read(run, length, device)
+
+
+def read(run: Callable[[], object], length: int, device: str) -> Values:
+    """What reading a prompt takes; a long one is read twice."""
     _, seconds = first(run, device)
-    milliseconds = timed(run, 1, device)
-    return {"prefill_ms": milliseconds, "tokens_per_s": length / milliseconds * 1e3, "first_step_s": seconds}
+    milliseconds = timed(run, 1, device, *((0, 1) if length > PIECE else ()))
+    values = {"prefill_ms": milliseconds, "tokens_per_s": length / milliseconds * 1e3, "first_step_s": seconds}
+    return values | ({"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if device == "cuda" else {})
 
 
 @torch.no_grad()
@@ -189,10 +200,7 @@ def theirs(case: str, tiny: bool, device: str, folder: Path | None) -> Values:
     if kind == "prefill":
         tokens = random_tokens(config, 1, int(number) // (64 if tiny else 1), device)
         run = functools.partial(module, input_ids=tokens, use_cache=True, logits_to_keep=1)
-        _, seconds = first(run, device)
-        milliseconds = timed(run, 1, device)
-        rate = tokens.shape[1] / milliseconds * 1e3
-        return {"prefill_ms": milliseconds, "tokens_per_s": rate, "first_step_s": seconds}
+        return read(run, tokens.shape[1], device)
     length, steps = sizes(tiny)
     out, seconds = first(lambda: module(input_ids=random_tokens(config, int(number), length, device)), device)
     kept = {"cache": out.past_key_values, "token": out.logits[:, -1:].argmax(-1)}

@@ -4,14 +4,14 @@
 
 Prints a table and writes results/training_step.json. Three linear layers and one of full attention (or two linear ones
 with all 512 experts), vocabulary 151,936, bf16 parameters, gradients, AdamW with moments in bf16, random tokens, no
-prediction module. Implementations: q3n, every kind of layer compiled once; q3n selective, recomputing what is cheap;
-q3n float8, with the blocks' linears in float8; q3n model, everything as one graph; q3n eager; transformers,
-Qwen3NextForCausalLM with flash-linear-attention where that is installed, experts by grouped_mm, attention by SDPA;
-transformers compile, the same under torch.compile. Metrics: first_step_s, from the first call to its end, compiling
-included; step_ms, the median of forward plus backward; peak_gib, of that; with_optimizer_ms; loss, the cross-entropy of
-the first step; mfu, of the card's bf16 peak. All run on the same weights and tokens, so that losses agree within what
-bf16 rounds, float8 aside. This package minimises the routers' balancing loss besides, which transformers leaves out
-here. Every implementation runs in a process of its own. --tiny is for a machine without a card.
+prediction module. Implementations: q3n, every kind of layer compiled once; q3n graph, the same in a CUDA graph; q3n
+selective, recomputing what is cheap; q3n float8, with the blocks' linears in float8; q3n model, everything as one
+graph; q3n eager; transformers, Qwen3NextForCausalLM with flash-linear-attention where that is installed, experts by
+grouped_mm, attention by SDPA; transformers compile, the same under torch.compile. Metrics: first_step_s, from the first
+call to its end, compiling included; step_ms, the median of forward plus backward; peak_gib, of that; with_optimizer_ms;
+loss, the cross-entropy of the first step; mfu, of the card's bf16 peak. All run on the same weights and tokens, so that
+losses agree within what bf16 rounds, float8 aside. This package minimises the routers' balancing loss besides, which
+transformers leaves out here. Every implementation runs in a process of its own. --tiny is for a machine without a card.
 """
 
 import argparse
@@ -31,7 +31,7 @@ import report
 import torch
 import torch.utils._pytree as pytree
 
-from q3n_functional import compiled, flops, metrics, model, names, optim, params
+from q3n_functional import compiled, cuda_graph, flops, metrics, model, names, optim, params
 from q3n_functional.config import PRESETS, Config
 
 LINEAR, FULL = "linear_attention", "full_attention"
@@ -86,6 +86,7 @@ def ours(
     mode: str = "layers",
     recompute: str = "none",
     float8: str = "none",
+    graph: bool = False,
 ) -> Runner:
     tree = weights(config, device)
     masters = params.named_leaves(tree)
@@ -100,26 +101,28 @@ def ours(
     kept: dict[str, torch.Tensor] = {}
     states: list[optim.State] = []  # made at the first update, as torch.optim does: no part of a step without it
 
-    def step() -> torch.Tensor:
+    def step(tokens: torch.Tensor) -> torch.Tensor:
         value, parts = loss(tree, tokens)
         kept.update(zip(leaves, torch.autograd.grad(value, list(leaves.values())), strict=True))
         return parts.cross_entropy.detach()
 
-    def whole() -> None:
+    def whole(tokens: torch.Tensor) -> torch.Tensor:
         kept.clear()
-        step()
+        value = step(tokens)
         if not states:
             states.append(optim.init(views, groups))  # in bf16, as the parameters are
         update(views, kept, states[0], lr)
         kept.clear()
+        return value
 
-    def alone() -> torch.Tensor:
+    def alone(tokens: torch.Tensor) -> torch.Tensor:
         kept.clear()
-        value = step()
+        value = step(tokens)
         kept.clear()
         return value
 
-    return alone, whole
+    captured: Callable[..., Any] = cuda_graph.CapturedStep if graph else lambda run: run
+    return functools.partial(captured(alone), tokens), functools.partial(captured(whole), tokens)
 
 
 @torch.no_grad()
@@ -186,6 +189,7 @@ def theirs(config: Config, rows: int, length: int, device: str, compile_: bool =
 
 IMPLEMENTATIONS: dict[str, Callable[..., Runner]] = {
     "q3n": ours,
+    "q3n graph": functools.partial(ours, graph=True),
     "q3n selective": functools.partial(ours, recompute="selective"),
     "q3n float8": functools.partial(ours, float8="linears"),
     "q3n eager": functools.partial(ours, mode="none"),
