@@ -218,7 +218,7 @@ class TestKernels:
         [(1, None, 205), (2, None, 96), (1, [0, 0, 90, 91, 91, 300], 310), (1, [0, 0], 20)],
     )
     def test_walks_begin_where_the_decay_is_enough(self, batch, documents, length):
-        """Lead, sequence to begin with and sequence to leave, forward and in reverse, of each piece and head."""
+        """Tokens before its own, sequence to begin with and sequence to leave, both ways, of each piece and head."""
         _, tensors, scalars = build(batch=batch, documents=documents, length=length, heads=3, l2norm=True)
         p = kernels()._problem(*tensors[:5], tensors[8], scalars[3])
         sums = torch.tensor([[-1.0, -20.0, 0.0]], device=DEVICE) * torch.rand(p.num_chunks, 1, device=DEVICE)
@@ -233,11 +233,14 @@ class TestKernels:
             for i in range(last + 1):
                 for head in range(3):
                     mine, after = sums[chunk : chunk + chunks, head], min(i * size + size, chunks)
+                    behind = max(end - start - after * 16, 0)
                     wanted = []
-                    for decays, is_last in ((mine[: i * size].flip(0), i == last), (mine[after:], i == 0)):
+                    for decays, most, is_last in (
+                        (mine[: i * size].flip(0), i * size * 16, i == last), (mine[after:], behind, i == 0)
+                    ):  # fmt: skip
                         below = (decays.cumsum(0) < -64).nonzero()
                         lead = len(decays) if len(below) == 0 else int(below[0]) + 1
-                        wanted += [lead, -1 if len(below) else n, n if is_last else -1]
+                        wanted += [min(lead * 16, most), -1 if len(below) else n, n if is_last else -1]
                     assert found.walks[piece, head].tolist() == wanted
                 assert int(found.cu[piece]) == start + i * size * 16
                 piece += 1

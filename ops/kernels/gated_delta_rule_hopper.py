@@ -89,8 +89,9 @@ def _load_state(pointer, HALF: gl.constexpr, BV: gl.constexpr, mma: gl.constexpr
 def _walk(start, length, chunk, walks, REVERSE: gl.constexpr):
     """What a walk of a piece takes; the chunks of that before its own; the sequences to begin with and to leave."""
     walks += 3 if REVERSE else 0
-    lead = gl.load(walks)
-    length += lead * 64
+    tokens = gl.load(walks)
+    lead = (tokens + 63) // 64
+    length += tokens
     if not REVERSE:
         start -= lead * 64
         chunk -= lead

@@ -88,7 +88,7 @@ def _walks_kernel(
     gates, piece_cu, piece_chunk, first_piece, walks, num_sequences,
     HV: tl.constexpr, C: tl.constexpr, FLOOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of each piece and head, forward and in reverse: the chunks that its walk takes before its own, the sequence whose
+    """Of each piece and head, forward and in reverse: the tokens that its walk takes before its own, the sequence whose
     given state it begins with, and that whose last state it leaves (-1: none)."""
     pid = tl.program_id(0)
     piece = pid // HV
@@ -103,16 +103,18 @@ def _walks_kernel(
         start = tl.load(piece_cu + first)
         chunk = tl.load(piece_chunk + piece)
         before = chunk - tl.load(piece_chunk + first)
-        all_chunks = (tl.load(piece_cu + end) - start + C - 1) // C
-        own_end = (tl.load(piece_cu + piece + 1) - start + C - 1) // C
+        length = tl.load(piece_cu + end) - start
+        own_length = tl.load(piece_cu + piece + 1) - start
+        own_end = (own_length + C - 1) // C
         decays = gates + (chunk.to(tl.int64) * HV + pid % HV) * (7 * C) + C - 1
         lead, cut_off = _chunks_to_floor(decays - HV * 7 * C, -HV * 7 * C, before, FLOOR, BLOCK)
-        tl.store(walks, lead)
+        tl.store(walks, lead * C)
         tl.store(walks + 1, tl.where(cut_off, -1, n))
         tl.store(walks + 2, tl.where(piece == end - 1, n, -1))
         behind = (own_end - before).to(tl.int64) * (HV * 7 * C)
-        lead, cut_off = _chunks_to_floor(decays + behind, HV * 7 * C, all_chunks - own_end, FLOOR, BLOCK)
-        tl.store(walks + 3, lead)
+        lead, cut_off = _chunks_to_floor(decays + behind, HV * 7 * C, (length + C - 1) // C - own_end, FLOOR, BLOCK)
+        # Not what would fill the last chunk: those rows are the next sequence's.
+        tl.store(walks + 3, tl.minimum(lead * C, length - own_length))
         tl.store(walks + 4, tl.where(cut_off, -1, n))
         tl.store(walks + 5, tl.where(piece == first, n, -1))
     else:
