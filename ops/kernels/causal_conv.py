@@ -15,7 +15,8 @@ registers: every input is read once. Backward also keeps the W-1 gradients that 
 share of dw over the whole span. Where nothing special happens a step is ROWS tokens, all loaded before anything is
 stored; at the ends of a document or a span it is one token, with every case masked. The states [N, C, W-1] are tiny and
 have programs of their own at the end of the same grid. What leaves a program depends on shapes alone, so repeated runs
-agree bit by bit.
+agree bit by bit. Which products are added without rounding is written down and not left to the compiler (fma, and
+enable_fp_fusion off), or a token's bits would depend on whether a step took it alone.
 """
 
 from typing import NamedTuple
@@ -106,14 +107,14 @@ def _own_taps(now, history, initial, n, age, inside, c, C: tl.constexpr, W: tl.c
 def _total(taps, w, W: tl.constexpr):
     total = taps[0] * w[0]
     for k in tl.static_range(1, W):
-        total += taps[k] * w[k]
+        total = tl.fma(taps[k], w[k], total)
     return total
 
 
 @triton.jit
 def _silu_gradient(dy, total):
     gate = sigmoid(total)
-    return dy * (gate * (1.0 + total * (1.0 - gate)))
+    return dy * (gate * tl.fma(total, 1.0 - gate, 1.0))
 
 
 @triton.jit
@@ -200,10 +201,10 @@ def _final_state(
 def _step_back(p, p_own, taps, w, pending, sums, W: tl.constexpr):
     """What one token's p adds: to dx of the W tokens that it sees (its own first), and to dw."""
     grads = (w[0] * p,)
-    added = (sums[0] + p_own * taps[0],)
+    added = (tl.fma(p_own, taps[0], sums[0]),)
     for k in tl.static_range(1, W):
-        grads = grads + (pending[k - 1] + w[k] * p,)
-        added = added + (sums[k] + p_own * taps[k],)
+        grads = grads + (tl.fma(w[k], p, pending[k - 1]),)
+        added = added + (tl.fma(p_own, taps[k], sums[k]),)
     return grads, added
 
 
@@ -315,7 +316,7 @@ def _initial_gradient(
             taps = (now,) + history
             p = tl.where(m < length, _silu_gradient(grad, _total(taps, w, W)), 0.0)
             for k in tl.static_range(1, W):
-                grads = grads[:k] + (grads[k] + w[k] * p,) + grads[k + 1 :]
+                grads = grads[:k] + (tl.fma(w[k], p, grads[k]),) + grads[k + 1 :]
             history = taps[: W - 1]
         out = grads[W - 1]  # of the initial input m
         if DFINAL:
@@ -381,6 +382,7 @@ def forward(
             x, weight_CW.contiguous(), _contiguous(initial_state), _contiguous(cu_seqlens), y, final,
             num_docs, tokens, length, span, x.stride(0), C=channels, W=width, BC=config.channels, ROWS=config.rows,
             DOCUMENTS=cu_seqlens is not None, INITIAL=initial_state is not None, num_warps=config.warps, num_stages=1,
+            enable_fp_fusion=False,
         )  # fmt: skip
     return y, final
 
@@ -419,6 +421,6 @@ def backward(
             dy.stride(0), C=channels, W=width, BC=config.channels, ROWS=config.rows,
             DOCUMENTS=cu_seqlens is not None, INITIAL=initial_state is not None, DY=dy_BTC is not None,
             DFINAL=dfinal_state is not None, num_warps=config.warps, num_stages=1,
-            maxnreg=128 if x.element_size() == 2 else None,
+            maxnreg=128 if x.element_size() == 2 else None, enable_fp_fusion=False,
         )  # fmt: skip
     return dx, sum_partials(partials, weight_CW.dtype), dinitial
