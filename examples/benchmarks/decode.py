@@ -8,9 +8,10 @@ tokens, drawn at temperature 1 (transformers: the likeliest token). Cases "prefi
 prompt into a cache, here 32,768 tokens at a time. Cases "drafts 1" to "drafts 3": batch 1 with so many drafts a step of
 the prediction module, beside "drafts 0"; with --folder they run on a trained model, without one on drawn weights, whose
 acceptance says little. Implementations: q3n, compiled; q3n graph, compiled and in a CUDA graph; q3n captured, the same
-without compiling; q3n eager; transformers, with flash-linear-attention where that is installed. Metrics: ms_per_token,
-of one sequence; first_step_s, compiling and capturing; prefill_ms, tokens_per_s and peak_gib, weights and cache
-included; acceptance_rate. Every implementation runs in a process of its own. --tiny is for a machine without a card.
+without compiling; q3n eager; q3n forward, that of training over the prompt without a cache, for the first of the two
+prompts; transformers, with flash-linear-attention where that is installed. Metrics: ms_per_token, of one sequence;
+first_step_s, compiling and capturing; prefill_ms, tokens_per_s and peak_gib, weights and cache included;
+acceptance_rate. Every implementation runs in a process of its own. --tiny is for a machine without a card.
 """
 
 import argparse
@@ -29,7 +30,7 @@ import torch
 from training_step import module_of, random_tokens, versions, wait, weights
 
 from q3n_functional import cache as caches
-from q3n_functional import checkpoint, decode, generate, params, speculative, tokenizer
+from q3n_functional import checkpoint, decode, generate, model, params, speculative, tokenizer
 from q3n_functional.config import PRESETS, Config
 from q3n_functional.sampling import Options
 from q3n_functional.train_state import model_folder
@@ -191,10 +192,16 @@ def ours(case: str, tiny: bool, device: str, folder: Path | None, mode: Mode) ->
 
 
 @torch.no_grad()
+def forward(case: str, tiny: bool, device: str, folder: Path | None) -> Values:
+    config, length = shape(tiny, False), int(case.split()[1]) // (64 if tiny else 1)
+    tree, tokens = weights(config, device), random_tokens(config, 1, length, device)
+    compiled = torch.compile(functools.partial(model.hidden_states, config=config), fullgraph=True)
+    return read(lambda: compiled(tree, tokens)[0][:, -1] @ model.head(tree).mT, length, device)
+
+
+@torch.no_grad()
 def theirs(case: str, tiny: bool, device: str, folder: Path | None) -> Values:
     kind, number = case.split()
-    if kind == "drafts":
-        raise SystemExit("transformers drafts nothing: it has no prediction module of this model")
     config = shape(tiny, False)
     module = module_of(weights(config, device), config, device).eval()
     if kind == "prefill":
@@ -217,8 +224,16 @@ IMPLEMENTATIONS: dict[str, Callable[..., Values]] = {
     "q3n graph": functools.partial(ours, mode=Mode(compile=True, graph=True)),
     "q3n captured": functools.partial(ours, mode=Mode(compile=False, graph=True)),
     "q3n eager": functools.partial(ours, mode=Mode(compile=False, graph=False)),
+    "q3n forward": forward,
     "transformers": theirs,
 }
+
+
+def fits(case: str, implementation: str) -> bool:
+    """transformers has no prediction module, and reads a prompt in one piece."""
+    if implementation == "q3n forward":
+        return case == "prefill 32768"
+    return implementation != "transformers" or not (case.startswith("drafts") or case.endswith("1048576"))
 
 
 def in_a_process(case: str, implementation: str, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -256,10 +271,11 @@ def main() -> None:
     rows = []
     for case in [CASES[number] for number in options.cases]:
         for implementation in options.only:
-            if case.startswith("drafts") and implementation == "transformers":
-                continue
-            rows += in_a_process(case, implementation, options)
-            report.write(rows, "decode", options.commit, options.out, **versions())
+            if fits(case, implementation):
+                rows += in_a_process(case, implementation, options)
+                report.write(rows, "decode", options.commit, options.out, **versions())
+    if found := report.by_implementation(rows, "ms_per_token"):
+        report.bars(found, "ms a token, of one sequence", options.out / "decode.png", log=True)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@
 Prints a table, writes results/gated_delta_rule.json and, where matplotlib is there, a picture beside it. bf16, head
 dims 128. Our op is given projections and normalises keys and queries, makes the gates, and differentiates both; the
 peers are given what that comes to (keys and queries of length one, log-decays and betas in fp32), and their time for
-it is left out. Times are medians of forward alone, and of forward plus backward to all inputs, through autograd. Peak
-is what forward plus backward allocate beyond the inputs, gradients included; saved is what is left between them. The
-error is that of every output against a float64 recurrence over 2x256 tokens, each on the inputs that it is given.
+it is left out. Times are medians of forward alone, and of forward plus backward to all inputs, through autograd; those
+of graph_ are of CUDA graphs, so without the host. Peak is what forward plus backward allocate beyond the inputs,
+gradients included; saved is what is left between them. The error is that of every output against a float64 recurrence
+over 2x256 tokens, each on the inputs that it is given.
 
 A peer that is not installed is left out. flash-linear-attention alone refuses backward on Hopper with Triton 3.4 to
 3.7.0: install TileLang beside it, and keep it from handing over to FlashQLA (FLA_FLASH_QLA=0, set here).
@@ -134,6 +135,16 @@ def measure(rule: Rule, tensors: list[Tensor], cu: Tensor | None) -> dict[str, f
     return {"fwd_ms": forward, "fwd_bwd_ms": both, "peak_mib": peak / 2**20, "saved_mib": saved / 2**20}
 
 
+def measure_graphs(rule: Rule, tensors: list[Tensor], cu: Tensor | None) -> dict[str, float]:
+    """As a compiled step captures them."""
+    tensors = leaves(tensors)
+    do = torch.randn_like(tensors[2])
+    with torch.no_grad():
+        forward = do_bench_cudagraph(lambda: rule(*tensors, cu=cu), rep=40, return_mode="median")
+    both = do_bench_cudagraph(lambda: gradients(rule, tensors, do, cu), rep=60, return_mode="median")
+    return {"graph_fwd_ms": forward, "graph_fwd_bwd_ms": both}
+
+
 def measure_decoding(batch: int) -> dict[str, float]:
     """A token a sequence, in a CUDA graph, over so many states that none is in the cache."""
     tensors, gates, _ = raw_inputs(batch, 1, 16, 32, 0)
@@ -162,10 +173,12 @@ def measure_first_call() -> dict[str, float]:
 
 def case_rows(case: str, peers: dict[str, Rule]) -> report.Rows:
     raw, gates, cu = raw_inputs(*CASES[case])
-    rows = report.measured(case, "q3n", lambda: measure(ours(gates), raw, cu))
     tensors, offsets = activated(raw, gates), None if cu is None else cu.long()
-    for name, rule in peers.items():
-        rows += report.measured(case, name, lambda rule=rule: measure(rule, tensors, offsets))
+    rows: report.Rows = []
+    for name, rule in {"q3n": ours(gates), **peers}.items():
+        given = (raw, cu) if name == "q3n" else (tensors, offsets)
+        for run in (measure, measure_graphs):
+            rows += report.measured(case, name, lambda rule=rule, given=given, run=run: run(rule, *given))
     return rows
 
 
@@ -180,28 +193,11 @@ def error_rows(peers: dict[str, Rule]) -> report.Rows:
 
 
 def draw(rows: report.Rows, path: Path) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    timed = [row for row in rows if row["metric"] == "fwd_bwd_ms"]
-    names = list(dict.fromkeys(row["implementation"] for row in timed))
-    cases = list(dict.fromkeys(row["case"] for row in timed))
-    figure, axes = pyplot.subplots(figsize=(10, 4), layout="constrained")
-    for n, name in enumerate(names):
-        tokens = {row["case"]: CASES[row["case"]][0] * CASES[row["case"]][1] for row in timed}
-        values = {
-            row["case"]: 1e6 * row["value"] / tokens[row["case"]] for row in timed if row["implementation"] == name
-        }
-        at = [cases.index(case) + 0.8 * n / len(names) for case in values]
-        axes.bar(at, values.values(), 0.8 / len(names), align="edge", label=name)
-    axes.set_xticks([x + 0.4 for x in range(len(cases))], cases, rotation=20)
-    axes.set_ylabel("forward and backward, ns a token")
-    axes.legend()
-    figure.savefig(path)
+    found = report.by_implementation(rows, "graph_fwd_bwd_ms")
+    tokens = {case: batch * length for case, (batch, length, *_) in CASES.items()}
+    by_token = {name: {case: 1e6 * ms / tokens[case] for case, ms in each.items()} for name, each in found.items()}
+    if by_token:
+        report.bars(by_token, "forward and backward in a CUDA graph, ns a token", path)
 
 
 def main() -> None:

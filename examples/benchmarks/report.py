@@ -70,3 +70,34 @@ def write(rows: Rows, benchmark: str, commit: str, out: Path, **versions: str) -
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps([{"benchmark": benchmark, **row, **where} for row in rows], indent=1)
     (out / f"{benchmark}.json").write_text(text + "\n")
+
+
+def bars(values: dict[str, dict[str, float]], label: str, path: Path, log: bool = False) -> None:
+    """Draws a bar for each implementation's value of each case, where matplotlib is there."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots()
+    cases = list(dict.fromkeys(case for each in values.values() for case in each))
+    width = 0.8 / len(values)
+    for n, (name, each) in enumerate(values.items()):
+        at = [cases.index(case) + n * width for case in each]
+        drawn = axes.bar(at, list(each.values()), width, align="edge", label=name)
+        axes.bar_label(drawn, fmt="%.3g", fontsize=7)
+    axes.set_xticks([x + 0.4 for x in range(len(cases))], cases, rotation=20)
+    axes.set_ylabel(label)
+    if log:
+        axes.set_yscale("log")
+    axes.legend()
+    figure.savefig(path)
+
+
+def by_implementation(rows: Rows, metric: str) -> dict[str, dict[str, float]]:
+    """The values of a metric, by implementation and case."""
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row["metric"] == metric:
+            found.setdefault(row["implementation"], {})[row["case"]] = row["value"]
+    return found
