@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 Impl = Literal["auto", "reference", "triton"]
+IMPLS = get_args(Impl)
 Outputs = Tensor | tuple[Tensor, ...]
 
 logger = logging.getLogger("q3n_functional.ops")
@@ -67,7 +68,7 @@ def define(
 
 def _run(name: str, reference: Callable[..., Outputs], kernel: str | None, *args: Any) -> Outputs:
     *arguments, impl = args
-    if impl not in get_args(Impl):
+    if impl not in IMPLS:
         raise ValueError(f"impl must be 'auto', 'reference' or 'triton', got {impl!r}")
     device = next(a.device.type for a in arguments if isinstance(a, Tensor))
     why = (

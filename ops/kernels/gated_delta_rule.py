@@ -1089,42 +1089,56 @@ def backward(
     P = None if fast else torch.empty_like(Y)
     if P is not None:
         _launch_chunks(p, A_log, dt_bias, gates, Y, P, None, scale, qk_l2norm, beta_scale, False)
-    gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, g, beta)]
+    dq, dk, dv, dg, dbeta = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, g, beta))
     d_gate = torch.empty(2, v.shape[2], p.num_chunks if A_log is not None else 0, dtype=torch.float32, device=q.device)
-    parts = [(Part(p, slice(None), slice(None)), initial, d_final, d_initial)]
-    if fast and _forgets(qk_l2norm, beta_scale) and _has_large_states(p):
-        parts = _parts(p, gates, Y, scale, initial, d_final, d_initial, gradients[2])
-    for part, S, dS_behind, dS in parts:
-        _backward_of_part(
-            part.problem, grad[part.tokens], gates[part.chunks], Y[part.chunks], P, A_log, dt_bias, S, dS_behind, dS,
-            [x.flatten(0, 1)[part.tokens] for x in gradients], d_gate[..., part.chunks], scale, qk_l2norm, beta_scale,
-        )  # fmt: skip
-    dA_log, ddt_bias = (q.new_empty(0), q.new_empty(0)) if A_log is None else d_gate.sum(-1)
+    whole = Part(p, grad, gates, Y, initial, d_final, d_initial, dq, dk, dv, dg, dbeta, d_gate)
+    in_parts = fast and _forgets(qk_l2norm, beta_scale) and _has_large_states(p)
+    for part in _parts(whole, scale) if in_parts else (whole,):
+        _backward_of_part(part, P, A_log, dt_bias, scale, qk_l2norm, beta_scale)
+    dA_log, ddt_bias = (q.new_empty(0), q.new_empty(0)) if A_log is None else d_gate.sum(-1).unbind()
     if A_log is not None and dt_bias is not None:
         dA_log, ddt_bias = dA_log.to(A_log.dtype), ddt_bias.to(dt_bias.dtype)
-    dq, dk, dv, dg, dbeta = gradients
     return dq, dk, dv, dg, dbeta, dA_log, ddt_bias, d_initial
 
 
 class Part(NamedTuple):
-    """A part of a problem as one of its own, and where its tokens and chunks are."""
+    """A problem, or a part of one as a problem of its own, with what backward reads and writes of it."""
 
     problem: Problem
-    tokens: slice
-    chunks: slice
+    grad: Tensor  # [N, HV, V]
+    gates: Tensor
+    Y: Tensor
+    initial: Tensor | None
+    d_final: Tensor | None
+    d_initial: Tensor
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor  # holds Z until the last kernel
+    dg: Tensor
+    dbeta: Tensor
+    d_gate: Tensor  # each chunk's share of the gradients of A_log and dt_bias, [2, HV, chunks]
 
 
-def _part(p: Problem, first: int, end: int, first_chunk: int, end_chunk: int) -> Part:
+def _part(
+    whole: Part, first: int, end: int, first_chunk: int, end_chunk: int, initial: Tensor | None,
+    d_final: Tensor | None, d_initial: Tensor,
+) -> Part:  # fmt: skip
     """The sequences from `first` to `end`, or of one sequence the chunks from `first_chunk` to `end_chunk`."""
+    p = whole.problem
     C = int(p.constants["C"])
     length = p.length if p.num_sequences > 1 else min(end_chunk * C, p.length) - first_chunk * C
     start = first * p.length if p.num_sequences > 1 else first_chunk * C
-    tokens = slice(start, start + (end - first) * length)
-    q, k, v, g, beta = (x[tokens] for x in (p.q, p.k, p.v, p.g, p.beta))
-    part = p._replace(
+    tokens, chunks = slice(start, start + (end - first) * length), slice(first_chunk, end_chunk)
+    rows = (slice(first, end),) if p.num_sequences > 1 else (slice(None), tokens)
+    q, k, v, g, beta, grad = (x[tokens] for x in (p.q, p.k, p.v, p.g, p.beta, whole.grad))
+    dq, dk, dv, dg, dbeta = (x[rows] for x in (whole.dq, whole.dk, whole.dv, whole.dg, whole.dbeta))
+    problem = p._replace(
         q=q, k=k, v=v, g=g, beta=beta, num_sequences=end - first, length=length, num_chunks=end_chunk - first_chunk
     )
-    return Part(part, tokens, slice(first_chunk, end_chunk))
+    return Part(
+        problem, grad, whole.gates[chunks], whole.Y[chunks], initial, d_final, d_initial, dq, dk, dv, dg, dbeta,
+        whole.d_gate[..., chunks],
+    )  # fmt: skip
 
 
 def _has_large_states(p: Problem) -> bool:
@@ -1134,51 +1148,46 @@ def _has_large_states(p: Problem) -> bool:
     return p.cu is None and p.num_chunks > 1 and size > STATES_BYTES
 
 
-def _parts(
-    p: Problem, gates: Tensor, Y: Tensor, scale: float, initial: Tensor | None, d_final: Tensor | None,
-    d_initial: Tensor, scratch: Tensor,
-) -> list[tuple[Part, Tensor | None, Tensor | None, Tensor]]:  # fmt: skip
-    """Two parts of a problem in backward's order, each with its initial state, and the final and initial gradients.
-
-    Half of the sequences each, or of one sequence its halves. `scratch` has v's shape.
-    """
+def _parts(whole: Part, scale: float) -> tuple[Part, ...]:
+    """Two parts in backward's order: half of the sequences each, or of one sequence its halves."""
+    p, initial, d_final, d_initial = whole.problem, whole.initial, whole.d_final, whole.d_initial
     c, chunks, sequences = p.constants, p.num_chunks, p.num_sequences
     if sequences > 1:
         half, each = sequences // 2, chunks // sequences
-        return [
-            (_part(p, a, b, a * each, b * each), None if initial is None else initial[a:b],
-             None if d_final is None else d_final[a:b], d_initial[a:b])
+        return tuple(
+            _part(whole, a, b, a * each, b * each, None if initial is None else initial[a:b],
+                  None if d_final is None else d_final[a:b], d_initial[a:b])
             for a, b in ((half, sequences), (0, half))
-        ]  # fmt: skip
-    before, behind = _part(p, 0, 1, 0, chunks // 2), _part(p, 0, 1, chunks // 2, chunks)
+        )  # fmt: skip
     middle, d_middle = (
-        torch.empty(1, c["HV"], c["K"], c["V"], dtype=torch.float32, device=gates.device) for _ in range(2)
+        torch.empty(1, c["HV"], c["K"], c["V"], dtype=torch.float32, device=p.q.device) for _ in range(2)
     )
-    last = last_piece(walks(before.problem, chunks // 2, gates))
-    hopper.launch_scan(last, gates[before.chunks], Y[before.chunks], scale, initial, middle, scratch, None)
-    return [(behind, middle, d_final, d_middle), (before, initial, d_middle, d_initial)]
+    before = _part(whole, 0, 1, 0, chunks // 2, initial, d_middle, d_initial)
+    behind = _part(whole, 0, 1, chunks // 2, chunks, middle, d_final, d_middle)
+    last = last_piece(walks(before.problem, chunks // 2, whole.gates))
+    hopper.launch_scan(last, before.gates, before.Y, scale, initial, middle, whole.dv, None)
+    return behind, before
 
 
 def _backward_of_part(
-    p: Problem, grad: Tensor, gates: Tensor, Y: Tensor, P: Tensor | None, A_log: Tensor | None, dt_bias: Tensor | None,
-    initial: Tensor | None, d_final: Tensor | None, d_initial: Tensor, gradients: list[Tensor], d_gate: Tensor,
-    scale: float, qk_l2norm: bool, beta_scale: float,
+    part: Part, P: Tensor | None, A_log: Tensor | None, dt_bias: Tensor | None, scale: float, qk_l2norm: bool,
+    beta_scale: float,
 ) -> None:  # fmt: skip
-    """Write the gradients of q, k, v, g and beta, each chunk's share of those of A_log and dt_bias, and d_initial."""
-    dq, dk, dv, dg, dbeta = gradients  # dv holds Z until the last kernel
+    """Write the part's gradients."""
+    p, grad, gates, Y, initial, d_final, d_initial, dq, dk, dv, dg, dbeta, d_gate = part
     c, fast, scaled = p.constants, P is None, P is None and beta_scale != 0
     # Z holds dV where it is scaled; a beta given as such may be zero, and dbeta needs Z.
     h, dh = (torch.empty(p.num_chunks, c["HV"], c["K"], c["V"], dtype=dv.dtype, device=dv.device) for _ in range(2))
     U = torch.empty_like(dv)
     forgets = _forgets(qk_l2norm, beta_scale)
-    _gradient_scans(p, grad, gates, Y, P, scale, initial, d_final, d_initial, U[None], h, dv[None], dh, scaled, forgets)
+    _gradient_scans(p, grad, gates, Y, P, scale, initial, d_final, d_initial, U, h, dv, dh, scaled, forgets)
     configs = _gradient_configs(p)
     slices = [_cdiv(c["V"], config.BV) for config in configs]
     sums = torch.empty(p.num_chunks, c["HV"], max(slices), 3, c["C"], dtype=torch.float32, device=dv.device)
     if p.num_chunks == 0:
         return
     if fast:
-        launch_gradients(p, grad, U[None], dv[None], h, dh, gates, dq, dk, dv, sums, scale, qk_l2norm, scaled)
+        launch_gradients(p, grad, U, dv, h, dh, gates, dq, dk, dv, sums, scale, qk_l2norm, scaled)
     partial_chunks = p.cu is not None or p.length % c["C"] > 0
     for side, config in enumerate(configs if partial_chunks or not fast else ()):
         _gradient_kernel[(p.num_chunks * c["HK"],)](

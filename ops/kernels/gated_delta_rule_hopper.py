@@ -20,6 +20,7 @@ forward scan, where they meet only rows of o that are not stored, and P's rows a
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,7 +40,20 @@ if TYPE_CHECKING:
     from q3n_functional.ops.kernels.gated_delta_rule import Problem
 
 SCORES = gl.constexpr(72)  # registers of the warps that compute P
-LAYOUTS = {2: gl.NVMMASharedLayout(128, 16, 2), 4: gl.NVMMASharedLayout(0, 32, 2)}  # made once: hosts may be slow
+
+
+class NVMMASharedLayout(gl.NVMMASharedLayout):  # type: ignore[misc]
+    """As Triton's, but the text that every launch asks of every descriptor is made once: hosts may be slow."""
+
+    @functools.cached_property
+    def _text(self):
+        return super().__repr__()
+
+    def __repr__(self):
+        return self._text
+
+
+LAYOUTS = {2: NVMMASharedLayout(128, 16, 2), 4: NVMMASharedLayout(0, 32, 2)}
 """Of tiles in shared memory, by the bytes of an element."""
 NUM_SMS = 132  # of the card that the choices here were measured on
 # Triton 3.7 has another name for it than 3.6.
@@ -575,27 +589,52 @@ def _reverse_scan_kernel(
     ], [4, 1], [SCORES, 24])  # fmt: skip
 
 
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
+def _can_be_fetched(x: Tensor) -> bool:
+    """Whether the copy engine can fetch whole tiles of a [N, heads, 128] view in 16 bits."""
+    token, head, _ = x.stride()
+    return head == 128 and token % 8 == 0 and x.data_ptr() % 16 == 0
+
+
 def serves(p: Problem, *rows: Tensor) -> bool:
     """Whether these kernels can take the problem; `rows` are the [N, heads, dim] views read beside q and k."""
-    c = p.constants
+    c, q = p.constants, p.q
     return (
-        (c["K"], c["V"], c["C"]) == (128, 128, 64)
-        and p.q.dtype in (torch.bfloat16, torch.float16)
-        and p.q.shape[0] > 0
-        and p.q.is_cuda
-        and torch.cuda.get_device_capability(p.q.device)[0] == 9
-        and all(
-            x.stride(1) == x.shape[2] and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 for x in (p.q, p.k, *rows)
-        )
+        c["K"] == c["V"] == 128
+        and c["C"] == 64
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and q.numel() > 0
+        and q.is_cuda
+        and _is_hopper(q.device)
+        and all(map(_can_be_fetched, (q, p.k, *rows)))
     )
 
 
-def descriptor(x: Tensor, rows: int, cols: int) -> TensorDescriptor:
-    """Of [rows, cols] tiles of x as a matrix: [N, heads, dim] with heads side by side, or [..., rows, cols]."""
-    layout = LAYOUTS[x.element_size()]
-    if x.ndim == 3:
-        return TensorDescriptor(x, [x.shape[0], x.shape[1] * x.shape[2]], [x.stride(0), 1], [rows, cols], layout)
-    return TensorDescriptor(x, [x.numel() // x.shape[-1], x.shape[-1]], [x.shape[-1], 1], [rows, cols], layout)
+def _descriptor(x: Tensor, length: int, width: int, stride: int, rows: int, cols: int) -> TensorDescriptor:
+    """Of [rows, cols] tiles of a [length, width] matrix.
+
+    Without the constructor's checks, which take longer than all else here: there are dozens in a call, hosts may be
+    slow, and `serves` has checked what is not an allocation of this package.
+    """
+    tiles = TensorDescriptor.__new__(TensorDescriptor)
+    tiles.base, tiles.layout = x, LAYOUTS[x.element_size()]
+    tiles.shape, tiles.strides, tiles.block_shape = [length, width], [stride, 1], [rows, cols]
+    return tiles
+
+
+def row_tiles(x: Tensor, rows: int, cols: int) -> TensorDescriptor:
+    """Of [rows, cols] tiles of [N, heads, dim] with heads side by side."""
+    length, heads, dim = x.shape
+    return _descriptor(x, length, heads * dim, x.stride(0), rows, cols)
+
+
+def matrix_tiles(x: Tensor, width: int, rows: int, cols: int) -> TensorDescriptor:
+    """Of [rows, cols] tiles of a contiguous tensor as a matrix of this width."""
+    return _descriptor(x, x.numel() // width, width, width, rows, cols)
 
 
 def _tables(p: Problem, other: Tensor) -> list[Tensor]:
@@ -612,12 +651,12 @@ def launch_scan(
     c = p.constants
     # Wide slices read less, narrow ones fill the card where there are few sequences and heads.
     BV, stages = (128, 2) if p.num_sequences * c["HV"] >= NUM_SMS else (64, 3)
-    rows = o.flatten(0, 1)
+    out = matrix_tiles(o, c["HV"] * 128, 64, BV)
     # A kernel takes no None: what a mode has no use for is another tensor of its kind.
     _scan_kernel[(p.num_sequences * c["HV"] * (128 // BV),)](
-        *(descriptor(x, 64, 64) for x in (p.q, p.k)), descriptor(p.v, 64, BV),
-        descriptor(Y, 64, 64), descriptor(gates, 8 if h is None else 4, 64),
-        descriptor(rows, 64, BV), descriptor(rows if h is None else h, 64, BV),
+        row_tiles(p.q, 64, 64), row_tiles(p.k, 64, 64), row_tiles(p.v, 64, BV),
+        matrix_tiles(Y, 64, 64, 64), matrix_tiles(gates, 64, 8 if h is None else 4, 64),
+        out, out if h is None else matrix_tiles(h, 128, 64, BV),
         gates if initial is None else initial, gates if final is None else final, o,
         *_tables(p, gates), p.length, scale,
         HK=c["HK"], HV=c["HV"], BV=BV, DOCUMENTS=p.cu is not None, PIECES=p.walks is not None,
@@ -636,8 +675,9 @@ def launch_reverse_scan(
     c = p.constants
     BV, stages = 64, 3
     _reverse_scan_kernel[(p.num_sequences * c["HV"] * (128 // BV),)](
-        *(descriptor(x, 64, 64) for x in (p.q, p.k)), descriptor(grad, 64, BV),
-        descriptor(Y, 64, 64), descriptor(gates, 8, 64), descriptor(z.flatten(0, 1), 64, BV), descriptor(dh, 64, BV),
+        row_tiles(p.q, 64, 64), row_tiles(p.k, 64, 64), row_tiles(grad, 64, BV),
+        matrix_tiles(Y, 64, 64, 64), matrix_tiles(gates, 64, 8, 64),
+        matrix_tiles(z, c["HV"] * 128, 64, BV), matrix_tiles(dh, 128, 64, BV),
         gates if d_final is None else d_final, d_initial if d_initial.numel() else gates, z,
         *_tables(p, gates), p.length, scale,
         HK=c["HK"], HV=c["HV"], BV=BV, DOCUMENTS=p.cu is not None, PIECES=p.walks is not None,

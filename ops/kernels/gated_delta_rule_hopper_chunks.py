@@ -31,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
 )
 
-from q3n_functional.ops.kernels.gated_delta_rule_hopper import barrier, descriptor
+from q3n_functional.ops.kernels.gated_delta_rule_hopper import barrier, matrix_tiles, row_tiles
 
 if TYPE_CHECKING:
     from q3n_functional.ops.kernels.gated_delta_rule import Problem
@@ -267,8 +267,9 @@ def launch_chunks(
     c = p.constants
     none = gates  # a kernel takes no None: what a call has no use for is another tensor
     _whole_group_chunk_kernel[(p.num_chunks * c["HK"],)](
-        *(descriptor(x, 64, 64) for x in (p.q, p.k, Y)), p.g, p.beta, none if A_log is None else A_log,
-        none if dt_bias is None else dt_bias, p.table if p.cu is not None else none, gates, none if o is None else o,
-        p.length, scale, *p.g.stride(), *p.beta.stride(), HK=c["HK"], HV=c["HV"], DOCUMENTS=p.cu is not None,
+        row_tiles(p.q, 64, 64), row_tiles(p.k, 64, 64), matrix_tiles(Y, 64, 64, 64), p.g, p.beta,
+        none if A_log is None else A_log, none if dt_bias is None else dt_bias,
+        p.table if p.cu is not None else none, gates, none if o is None else o, p.length, scale,
+        *p.g.stride(), *p.beta.stride(), HK=c["HK"], HV=c["HV"], DOCUMENTS=p.cu is not None,
         ACTIVATE=A_log is not None, ZERO=o is not None and p.cu is not None, num_warps=4,
     )  # fmt: skip

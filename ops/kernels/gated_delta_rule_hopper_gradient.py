@@ -32,7 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from q3n_functional.ops.kernels.gated_delta_rule_hopper import NUM_SMS, barrier, descriptor
+from q3n_functional.ops.kernels.gated_delta_rule_hopper import NUM_SMS, barrier, matrix_tiles, row_tiles
 
 if TYPE_CHECKING:
     from q3n_functional.ops.kernels.gated_delta_rule import Problem
@@ -439,9 +439,10 @@ def launch_gradients(
     """Write dq, dk, dv (which may be Z's memory, and is Z where that is scaled) and sums [chunks, HV, 2, 3, 64] of the
     chunks that have all their rows."""
     c = p.constants
-    rows = (x.flatten(0, 1) for x in (U, Z))
+    width = c["HV"] * 128
     _whole_chunk_gradient_kernel[(min(NUM_SMS, p.num_chunks * c["HK"]),)](
-        *(descriptor(x, 64, 64) for x in (p.q, p.k)), *(descriptor(x, 64, 128) for x in (grad, *rows, h, dh)),
-        descriptor(gates.view(p.num_chunks * c["HV"], 448), 1, 128), p.table, dq, dk, dv, sums, p.length, p.num_chunks,
+        row_tiles(p.q, 64, 64), row_tiles(p.k, 64, 64), row_tiles(grad, 64, 128), matrix_tiles(U, width, 64, 128),
+        matrix_tiles(Z, width, 64, 128), matrix_tiles(h, 128, 64, 128), matrix_tiles(dh, 128, 64, 128),
+        matrix_tiles(gates, 448, 1, 128), p.table, dq, dk, dv, sums, p.length, p.num_chunks,
         scale, HK=c["HK"], HV=c["HV"], DOCUMENTS=p.cu is not None, NORMALISE=normalise, SCALED=scaled, num_warps=4,
     )  # fmt: skip
