@@ -5,8 +5,10 @@ from q3n_functional.ops.causal_conv import causal_conv
 from q3n_functional.ops.gated_delta_rule import gated_delta_rule, recurrent_gated_delta_rule
 from q3n_functional.ops.grouped_swiglu import grouped_swiglu
 from q3n_functional.ops.linear_cross_entropy import linear_cross_entropy
+from q3n_functional.ops.piece_attention import piece_attention
 from q3n_functional.ops.rms_norm_gated import rms_norm_gated
 from q3n_functional.ops.router_logits import router_logits
+from q3n_functional.ops.top_experts import top_experts
 
 __all__ = [
     "attention",
@@ -14,7 +16,9 @@ __all__ = [
     "gated_delta_rule",
     "grouped_swiglu",
     "linear_cross_entropy",
+    "piece_attention",
     "recurrent_gated_delta_rule",
     "rms_norm_gated",
     "router_logits",
+    "top_experts",
 ]

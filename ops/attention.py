@@ -56,7 +56,7 @@ def attention(
     Raises ValueError for shapes or dtypes that do not fit.
     """
     check_documents(cu_seqlens)
-    _check(q_BTHK, k_NSGK, v_NSGK)
+    check(q_BTHK, k_NSGK, v_NSGK)
     if keys is None:
         _check_lengths(q_BTHK, k_NSGK, cu_seqlens, lengths_N)
     else:
@@ -66,7 +66,8 @@ def attention(
     return o_BTHK
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError for shapes or dtypes that do not fit each other."""
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[3] != k.shape[3]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise ValueError(f"q must be [B, T, H, K], k and v [N, S, G, K], got {shapes}")
@@ -225,7 +226,7 @@ def _plain_backward(
     return dq, dk, torch.einsum("bgrts,btgrk->bsgk", p, wide_do)
 
 
-def _forward(
+def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -234,6 +235,7 @@ def _forward(
     among: Tensor | None,
     scale: float,
 ) -> Outputs:
+    """The reference: output and log-partitions [B, T, H]."""
     if lengths is not None and cu_seqlens is None and q.device.type != "cpu":
         return _cached(q, k, v, lengths, scale)
     block = _flash_forward if q.device.type == "cpu" else _plain_forward
@@ -244,7 +246,7 @@ def _forward(
     return o, lse
 
 
-def _backward(
+def backward(
     do: Tensor,
     q: Tensor,
     k: Tensor,
@@ -256,6 +258,7 @@ def _backward(
     among: Tensor | None,
     scale: float,
 ) -> Outputs:
+    """The reference's gradients of q, k and v."""
     block = _flash_backward if q.device.type == "cpu" else _plain_backward
     do, q, k, v = (x.contiguous() for x in (do, q, k, v))
     dq, (dk, dv) = q.new_zeros(q.shape), (x.new_zeros(x.shape, dtype=wide(x.dtype)) for x in (k, v))
@@ -271,7 +274,7 @@ _attention_backward = gradient(
         "attention_backward",
         "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor? cu_seqlens, Tensor? lengths, "
         "Tensor? keys, float scale, str impl) -> (Tensor, Tensor, Tensor)",
-        reference=_backward,
+        reference=backward,
         fake=lambda do, q, k, v, *rest: tuple(x.new_empty(x.shape) for x in (q, k, v)),
         kernel="attention:backward",
     )
@@ -295,7 +298,7 @@ _attention = differentiable(
         "attention",
         "(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, Tensor? lengths, Tensor? keys, "
         "float scale, str impl) -> (Tensor, Tensor)",
-        reference=_forward,
+        reference=forward,
         fake=lambda q, *rest: (q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide(q.dtype))),
         kernel="attention:forward",
     ),

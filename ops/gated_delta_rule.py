@@ -80,16 +80,23 @@ def recurrent_gated_delta_rule(
     A_log: Tensor | None = None,
     dt_bias: Tensor | None = None,
     beta_scale: float = 0.0,
+    every_state: bool = False,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`gated_delta_rule` one token after the other: for one or a few tokens a sequence, as in decoding.
 
     Arguments, results and errors are those of `gated_delta_rule`. Its gradient is computed in chunks of 64.
+
+    every_state: the second result is the state behind every token, [B, T, H, K, V], for tokens that may be taken back.
+    That is for rows, not `cu_seqlens`, and has no gradient.
     """
     _check(q_BTNK, k_BTNK, v_BTHV, g_BTH, beta_BTH, initial_state, cu_seqlens, A_log, dt_bias)
     scale = q_BTNK.shape[-1] ** -0.5 if scale is None else scale
-    tensors = (q_BTNK, k_BTNK, v_BTHV, g_BTH, beta_BTH, A_log, dt_bias, initial_state, cu_seqlens)
-    o, state = _recurrent(*tensors, scale, qk_l2norm, beta_scale, impl)
+    tensors = (q_BTNK, k_BTNK, v_BTHV, g_BTH, beta_BTH, A_log, dt_bias, initial_state)
+    scalars = (scale, qk_l2norm, beta_scale, impl)
+    if every_state and cu_seqlens is not None:
+        raise ValueError("the state behind every token is given for rows: every_state takes no cu_seqlens")
+    o, state = _every_state(*tensors, *scalars) if every_state else _recurrent(*tensors, cu_seqlens, *scalars)
     return o, state
 
 
@@ -135,10 +142,10 @@ def _check_state(q: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens:
         )
 
 
-_TENSORS = (
-    "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, Tensor? initial_state, "
-    "Tensor? cu_seqlens"
+_ROW_TENSORS = (
+    "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias, Tensor? initial_state"
 )
+_TENSORS = f"{_ROW_TENSORS}, Tensor? cu_seqlens"
 _SCALARS = "float scale, bool qk_l2norm, float beta_scale"
 
 
@@ -147,6 +154,11 @@ def _fake_recurrent(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor
     num = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = v.new_empty(num, v.shape[2], q.shape[3], v.shape[3], dtype=wide(v.dtype))
     return v.new_empty(v.shape), state
+
+
+def _fake_every_state(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    states = v.new_empty(*v.shape[:3], q.shape[3], v.shape[3], dtype=wide(v.dtype))
+    return v.new_empty(v.shape), states
 
 
 def _fake_chunked(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Outputs:
@@ -227,12 +239,27 @@ _recurrent_op = define(
 )
 _recurrent = differentiable(_recurrent_op, _recurrent_context, _recurrent_backward, rows=_ROWS)
 
+
+def _every_state_backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    raise NotImplementedError("recurrent_gated_delta_rule has no gradient with every_state: take the last state alone")
+
+
+_every_state_op = define(
+    "recurrent_gated_delta_rule_every_state",
+    f"({_ROW_TENSORS}, {_SCALARS}, str impl) -> (Tensor, Tensor)",
+    reference=reference.recurrent_every_state,
+    fake=_fake_every_state,
+    kernel="recurrent_gated_delta_rule:recurrent_every_state",
+)
+_every_state = differentiable(_every_state_op, lambda *unused: None, _every_state_backward, rows=_ROWS)
+
 _INPUTS = ("q", "k", "v", "g", "beta", "A_log", "dt_bias", "initial_state")
 _BY_ROWS = sharding.Split(dict.fromkeys(_ROWS, 0), (0, 0), ("q",), documents=False)
 _BY_HEADS = sharding.Split(
     {**dict.fromkeys(_ROWS, 2), "A_log": 0, "dt_bias": 0, "initial_state": 1}, (2, 1), ("q", "v")
 )
 sharding.register(_recurrent_op, (_BY_ROWS, _BY_HEADS))
+sharding.register(_every_state_op, (_BY_ROWS, _BY_HEADS._replace(outputs=(2, 2))))
 sharding.register(_chunked_op, (_BY_ROWS._replace(outputs=(0, 0, 0, 0)), _BY_HEADS._replace(outputs=(2, 1, 1, 1))))
 sharding.register(
     _backward_op,

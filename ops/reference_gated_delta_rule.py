@@ -334,13 +334,15 @@ def recurrent(
     scale: float,
     qk_l2norm: bool,
     beta_scale: float,
+    every_state: bool = False,
 ) -> Outputs:
-    """o and the final state, one token after the other."""
+    """o and the final state, one token after the other; or the states behind all tokens of rows, [B, T, H, K, V]."""
     tokens = Inputs(*_widen((q, k, v, g, beta), cu_seqlens))
     x, chunks, _ = _prepare(tokens, A_log, dt_bias, cu_seqlens, qk_l2norm, beta_scale, 1)
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = _initial(initial_state, x.v, sequences, v.shape[2], q.shape[3], v.shape[3])
     final, S, outputs = state.clone(), torch.zeros_like(state[:1]).expand(chunks.sequence.shape[0], -1, -1, -1), []
+    states = []
     for t in range(chunks.sequence.shape[1]):
         sequence = chunks.sequence[:, t]
         S = torch.where(chunks.first[:, t, None, None, None], state[sequence], S) * x.g[:, t, ..., None].exp()
@@ -348,5 +350,26 @@ def recurrent(
         S = S + k_t.mT @ (x.beta[:, t, ..., None] * (x.v[:, t] - k_t @ S))
         outputs.append(scale * (x.q[:, t] @ S))
         final[sequence] = S
+        states += [S] if every_state else []
     o = scatter(torch.stack(outputs, 1), chunks, v)
-    return o.to(v.dtype), final[:-1].clone()
+    # Rows without tokens have a chunk all the same.
+    last = torch.stack(states, 1)[:, : v.shape[1]] if every_state else final[:-1].clone()
+    return o.to(v.dtype), last
+
+
+def recurrent_every_state(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    scale: float,
+    qk_l2norm: bool,
+    beta_scale: float,
+) -> Outputs:
+    """o and the states behind all tokens."""
+    tensors = (q, k, v, g, beta, A_log, dt_bias, initial_state, None)
+    return recurrent(*tensors, scale, qk_l2norm, beta_scale, every_state=True)

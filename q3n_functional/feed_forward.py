@@ -14,7 +14,7 @@ from torch.nn.functional import linear, silu
 from q3n_functional import params
 from q3n_functional.config import Config
 from q3n_functional.float8 import Float8, projection
-from q3n_functional.ops import router_logits
+from q3n_functional.ops import router_logits, top_experts
 from q3n_functional.parallel.expert import routed
 from q3n_functional.parallel.placement import Parallel
 
@@ -50,7 +50,7 @@ def mixture_of_experts(
     """
     x_TD = x_BTD.flatten(0, 1)
     probabilities_TE = router_logits(x_TD, p.router).softmax(-1)
-    weights_TJ, experts_TJ = probabilities_TE.topk(config.num_experts_per_tok)
+    weights_TJ, experts_TJ = top_experts(probabilities_TE, config.num_experts_per_tok)
     if config.norm_topk_prob:
         weights_TJ = weights_TJ / weights_TJ.sum(-1, keepdim=True)
     routed_TD = routed(p.experts, x_TD, experts_TJ, weights_TJ, parallel)

@@ -47,7 +47,7 @@ def _delta_rule(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> float:
 
 
 def _attention(q: Tensor, k: Tensor, *rest: Any) -> float:
-    # The causal half of the keys of a row. Rows in pieces have more keys than queries: the middle piece's share.
+    # The causal half of the keys of a row, also of pieces of rows: a rank's two see as many together.
     return 2.0 * q.numel() * k.shape[1]
 
 
@@ -71,6 +71,8 @@ FLOPS: dict[str, Count] = {
     "gated_delta_rule_backward": lambda do, dstate, q, k, v, *rest: 2 * _delta_rule(q, k, v),
     "attention": _attention,
     "attention_backward": lambda do, q, k, *rest: 2 * _attention(q, k),
+    "piece_attention": _attention,
+    "piece_attention_backward": lambda do, q, k, *rest: 2 * _attention(q, k),
     "grouped_swiglu": _experts,
     "grouped_swiglu_backward": lambda dy, x, weights, hidden, order, ends, gate, *rest: (
         2 * _experts(x, weights, weights, gate)
@@ -117,6 +119,16 @@ def _attention_gradient_workspace(do: Tensor, q: Tensor, k: Tensor, *rest: Any) 
     return q.numel() * 4 + 2 * k.numel() // k.shape[2] * q.shape[2] * q.itemsize
 
 
+def _piece_attention_workspace(q: Tensor, k: Tensor, *rest: Any) -> int:
+    # The output in fp32, and one piece of queries with its output in a block.
+    return q.numel() * (4 + q.itemsize)
+
+
+def _piece_attention_gradient_workspace(do: Tensor, q: Tensor, k: Tensor, *rest: Any) -> int:
+    # All gradients in fp32, and of one block the piece of do, q, o and dq, this in fp32 too.
+    return 4 * (q.numel() + 2 * k.numel()) + q.numel() // 2 * (4 * q.itemsize + 4)
+
+
 WORKSPACE: dict[str, Callable[..., int]] = {
     "grouped_swiglu": _experts_workspace,
     "grouped_swiglu_backward": _experts_gradient_workspace,
@@ -124,6 +136,8 @@ WORKSPACE: dict[str, Callable[..., int]] = {
     "gated_delta_rule": lambda q, k, v, *rest: v.shape[:3].numel() * rest[-2] * v.itemsize,
     "gated_delta_rule_backward": _delta_rule_gradient_workspace,
     "attention_backward": _attention_gradient_workspace,
+    "piece_attention": _piece_attention_workspace,
+    "piece_attention_backward": _piece_attention_gradient_workspace,
 }
 """Bytes that an operator's kernels take while they run, beside arguments and results; as the operators document it."""
 

@@ -39,7 +39,7 @@ OPERATORS = {
     "linear_cross_entropy": "loss",
     "attention": "attention",
     "embedding": "embedding",
-    "topk": "router",
+    "top_experts": "router",
     "softmax": "router",
     "scatter": "router",
     "rsqrt": "norms",

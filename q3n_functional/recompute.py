@@ -25,13 +25,14 @@ SAVED = frozenset(
         _q3n.gated_delta_rule.default,
         _q3n.recurrent_gated_delta_rule.default,
         _q3n.attention.default,
+        _q3n.piece_attention.default,
         _q3n.grouped_swiglu.default,
         _q3n.router_logits.default,
         _aten.mm.default,
         _aten.bmm.default,
         _aten._scaled_mm.default,
         # An expert chosen differently the second time would be another function's gradient.
-        _aten.topk.default,
+        _q3n.top_experts.default,
         # What other ranks must be asked for again; gathered parameters are not here, or nothing would be sharded.
         _collective.reduce_scatter_tensor.default,
         _collective.all_reduce.default,

@@ -150,7 +150,8 @@ def test_the_manifest_lists_the_inputs_of_the_graph_in_order(programs):
 def test_operators_stay_operators(programs):
     for name, rule in (("prefill", "gated_delta_rule"), ("decode", "recurrent_gated_delta_rule")):
         targets = {str(node.target) for node in torch.export.load(programs / f"{name}.pt2").graph.nodes}
-        for op in (rule, "attention", "causal_conv", "grouped_swiglu", "rms_norm_gated", "router_logits"):
+        rest = "attention", "causal_conv", "grouped_swiglu", "rms_norm_gated", "router_logits", "top_experts"
+        for op in (rule, *rest):
             assert f"q3n.{op}.default" in targets
 
 

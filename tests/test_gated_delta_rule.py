@@ -423,6 +423,27 @@ def test_token_by_token_after_a_prompt():
     assert_close({"o": torch.cat(outputs, 1), "state": state}, {"o": o, "state": final}, 1e-11)
 
 
+@pytest.mark.parametrize("state", [True, False], ids=["state", "no state"])
+def test_every_state_is_the_final_one_of_so_many_tokens(state):
+    x = draw((2, 6, 1, 2, 4, 3), state=state)
+    o, states = apply(recurrent_gated_delta_rule, x, **GATES, every_state=True)
+    assert states.shape == (2, 6, 2, 4, 3)
+    for t in range(6):
+        first = x | {name: x[name][:, : t + 1] for name in INPUTS}
+        wanted = apply(recurrent_gated_delta_rule, first, **GATES)
+        assert_close({"o": o[:, : t + 1], "state": states[:, t]}, dict(zip(("o", "state"), wanted, strict=True)), 1e-14)
+    nothing = apply(recurrent_gated_delta_rule, x | {name: x[name][:, :0] for name in INPUTS}, every_state=True)
+    assert [y.shape for y in nothing] == [(2, 0, 2, 3), (2, 0, 2, 4, 3)]
+
+
+def test_every_state_has_no_gradient_and_no_documents():
+    x = {name: value.requires_grad_() for name, value in draw((1, 5, 1, 2, 4, 3)).items()}
+    with pytest.raises(NotImplementedError, match="no gradient with every_state: take the last state alone"):
+        apply(recurrent_gated_delta_rule, x, every_state=True)[1].sum().backward()
+    with pytest.raises(ValueError, match="is given for rows: every_state takes no cu_seqlens"):
+        apply(recurrent_gated_delta_rule, x, offsets([0, 5]), every_state=True)
+
+
 # Memory.
 
 

@@ -301,6 +301,9 @@ class TestKernels:
             found, wanted = (self.gradients(op, leaves, (*arguments, impl)) for impl in ("triton", "reference"))
             for x, y in zip(found, wanted, strict=True):
                 assert (x - y).norm() <= 1e-4 * y.norm()
+        if options != "documents":
+            op = torch.ops.q3n.recurrent_gated_delta_rule_every_state.default
+            torch.library.opcheck(op, (*tensors[:8], *scalars[:3], "triton"))
 
     @staticmethod
     def gradients(op, leaves, arguments):
@@ -325,6 +328,19 @@ class TestKernels:
         found = recurrent_kernel().recurrent_forward(*tensors, *scalars[:3])
         wanted = expected((torch.zeros_like(found[0]), None), tensors, scalars)
         assert_matches(dict(zip(NAMES, found, strict=False)), {n: wanted[n] for n in NAMES[:2]}, BOUNDS[dtype])
+
+    @pytest.mark.parametrize("options", ["a chunk and one", "nothing fused", "no states", "narrow keys", "strided"])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_every_state(self, options, dtype):
+        """Bit for bit those of as many tokens by themselves."""
+        _, tensors, scalars = build(**CASES[options], dtype=dtype)
+        rows = tensors[:8]
+        o, states = recurrent_kernel().recurrent_every_state(*rows, *scalars[:3])
+        for t in (1, 2, rows[0].shape[1]):
+            first = [x[:, :t] for x in rows[:5]]
+            alone, state = recurrent_kernel().recurrent_forward(*first, *tensors[5:], *scalars[:3])
+            assert torch.equal(alone, o[:, :t])
+            assert torch.equal(state, states[:, t - 1])
 
     @pytest.mark.parametrize("options", ["whole chunks", "documents", "odd head dims", "keys longer than one"])
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -10,9 +10,12 @@ import torch
 
 FILES = (
     "test_kernels_causal_conv.py",
+    "test_kernels_expert_order.py",
     "test_kernels_grouped_swiglu.py",
     "test_kernels_linear_cross_entropy.py",
+    "test_kernels_piece_attention.py",
     "test_kernels_rms_norm_gated.py",
+    "test_kernels_top_experts.py",
 )
 
 

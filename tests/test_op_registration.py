@@ -24,10 +24,12 @@ from q3n_functional.ops import (
     gated_delta_rule,
     grouped_swiglu,
     linear_cross_entropy,
+    piece_attention,
     recurrent_gated_delta_rule,
     registration,
     rms_norm_gated,
     router_logits,
+    top_experts,
 )
 
 
@@ -120,6 +122,12 @@ def attention_case(extent, dtype, packed=False, cached=False):
     return Case(lambda *x, where, **impl: (attention(*x, where, lengths, **impl),), inputs, where)
 
 
+def piece_attention_case(extent, dtype):
+    sizes = ((2 * extent, 4), (4 * extent, 2), (4 * extent, 2))
+    inputs = [random(2, *size, 3, dtype=dtype, seed=i) for i, size in enumerate(sizes)]
+    return Case(lambda *x, where, **impl: (piece_attention(*x, where, **impl),), inputs, torch.tensor([1]))
+
+
 def cross_entropy_case(extent, dtype):
     inputs = [random(2, extent, 3, dtype=dtype, seed=0), random(5, 3, dtype=dtype, seed=1)]
     targets = torch.tensor([0, 3, -100, 4, 1]).repeat(2 * extent)[: 2 * extent].view(2, extent)
@@ -131,11 +139,17 @@ def router_case(extent, dtype):
     return Case(lambda *x, where, **impl: (router_logits(*x, **impl),), inputs)
 
 
+def top_experts_case(extent, dtype):
+    inputs = [random(extent, 5, dtype=dtype, seed=0)]
+    return Case(lambda *x, where, **impl: top_experts(*x, 3, **impl)[:1], inputs)
+
+
 CASES = {
     "attention": attention_case,
     "attention, packed": lambda *size: attention_case(*size, packed=True),
     "attention, cached": lambda *size: attention_case(*size, cached=True),
     "attention, packed, cached": lambda *size: attention_case(*size, packed=True, cached=True),
+    "piece_attention": piece_attention_case,
     "causal_conv": conv_case,
     "causal_conv, packed": lambda *size: conv_case(*size, packed=True),
     "causal_conv, no state": lambda *size: conv_case(*size, state=False),
@@ -148,6 +162,7 @@ CASES = {
     "rms_norm_gated, one vector": norm_vector_case,
     "grouped_swiglu": swiglu_case,
     "router_logits": router_case,
+    "top_experts": top_experts_case,
     "linear_cross_entropy": cross_entropy_case,
 }
 each_case = pytest.mark.parametrize("make", CASES.values(), ids=CASES)
@@ -242,14 +257,22 @@ q3n::linear_cross_entropy(Tensor h, Tensor head, Tensor targets, float z_loss_co
     -> (Tensor, Tensor, Tensor, Tensor, Tensor)
 q3n::linear_cross_entropy_backward(Tensor dtotal, Tensor dh, Tensor dhead, Tensor h, Tensor head, str impl) ->
     (Tensor, Tensor)
+q3n::piece_attention(Tensor q, Tensor k, Tensor v, Tensor rank, float scale, str impl) -> (Tensor, Tensor)
+q3n::piece_attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor rank,
+    float scale, str impl) -> (Tensor, Tensor, Tensor)
 q3n::recurrent_gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor?
     dt_bias, Tensor? initial_state, Tensor? cu_seqlens, float scale, bool qk_l2norm, float beta_scale, str
     impl) -> (Tensor, Tensor)
+q3n::recurrent_gated_delta_rule_every_state(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor?
+    A_log, Tensor? dt_bias, Tensor? initial_state, float scale, bool qk_l2norm, float beta_scale, str impl) ->
+    (Tensor, Tensor)
 q3n::rms_norm_gated(Tensor x, Tensor gate, Tensor weight, float eps, str impl) -> Tensor
 q3n::rms_norm_gated_backward(Tensor dy, Tensor x, Tensor gate, Tensor weight, float eps, str impl) -> (Tensor,
     Tensor, Tensor)
 q3n::router_logits(Tensor x, Tensor router, str impl) -> Tensor
-q3n::router_logits_backward(Tensor dlogits, Tensor x, Tensor router, str impl) -> (Tensor, Tensor)""",
+q3n::router_logits_backward(Tensor dlogits, Tensor x, Tensor router, str impl) -> (Tensor, Tensor)
+q3n::top_experts(Tensor probabilities, int num, str impl) -> (Tensor, Tensor)
+q3n::top_experts_backward(Tensor dweights, Tensor experts, Tensor probabilities, str impl) -> Tensor""",
     )
 
 
@@ -509,6 +532,26 @@ def test_vmap_over_rows_is_one_call(name, rows):
         raw = torch.vmap(op, raw_dims)(*stacks)
     assert len(recorder.calls) == 1
     equal([raw] if isinstance(raw, torch.Tensor) else raw[: len(mapped)], mapped)
+
+
+def test_recurrent_with_every_state(compiled_once):
+    """An op without a gradient: what else holds for the others."""
+    op = functools.partial(recurrent_gated_delta_rule, every_state=True)
+    cases = [delta_case(extent, torch.float64, op=op) for extent in (6, 9, 14)]
+    compiled = compiled_once(cases[0].call)
+    for case in cases:
+        equal(compiled(*case.inputs, where=None), case.call(*case.inputs, where=None))
+    with Recorder() as recorder:
+        delta_case(6, torch.bfloat16, op=op).call(*delta_case(6, torch.bfloat16, op=op).inputs, where=None)
+    ((op, args),) = recorder.calls
+    torch.library.opcheck(op, args)
+    for which in (range(6), range(8)):
+        inputs, in_dims = batches(cases[0], which)
+        call = functools.partial(cases[0].call, where=None)
+        with Recorder() as recorder:
+            mapped = torch.vmap(call, in_dims)(*inputs)
+        assert len(recorder.calls) == (1 if len(which) == 6 else SIZE)
+        close(mapped, stacked(call(*picked(inputs, in_dims, n)) for n in range(SIZE)))
 
 
 def test_vmap_over_documents():

@@ -45,7 +45,7 @@ def _zero_behind(x_BTHK: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return x_BTHK
 
 
-def _cudnn_serves(q: Tensor, k: Tensor, *given: Tensor | None) -> bool:
+def cudnn_serves(q: Tensor, k: Tensor, *given: Tensor | None) -> bool:
     """Whether cuDNN's kernels take whole rows, without `given` documents, cache or keys: on Hopper, where measured."""
     if any(x is not None for x in given) or torch.cuda.get_device_capability(q.device)[0] != 9:
         return False
@@ -54,22 +54,24 @@ def _cudnn_serves(q: Tensor, k: Tensor, *given: Tensor | None) -> bool:
     return torch.backends.cuda.can_use_cudnn_attention(params(*heads, None, 0.0, True, True))
 
 
-def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def cudnn_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True) -> tuple[Tensor, Tensor]:
+    """Output and log-partitions of rows over rows of keys: all of these, or as many as come before a query."""
     heads = (x.contiguous().transpose(1, 2) for x in (q, k, v))
     o, lse_BHT1, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        *heads, None, True, 0.0, True, False, scale=scale
+        *heads, None, True, 0.0, causal, False, scale=scale
     )
     return o.transpose(1, 2).contiguous(), lse_BHT1[..., 0].transpose(1, 2).contiguous()
 
 
-def _cudnn_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+def cudnn_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float, causal: bool = True
 ) -> tuple[Tensor, ...]:
+    """The gradients of q, k and v; o and lse may be those over more keys, of which these are some."""
     heads = (x.contiguous().transpose(1, 2) for x in (do, q, k, v, o))
     unused = torch.zeros((), dtype=torch.int64, device=q.device)  # of dropout
     gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
         *heads, lse.transpose(1, 2).contiguous()[..., None], unused, unused, None, None, None, q.shape[1], k.shape[1],
-        0.0, True, scale=scale,
+        0.0, causal, scale=scale,
     )  # fmt: skip
     return tuple(x.transpose(1, 2).contiguous() for x in gradients)
 
@@ -87,8 +89,8 @@ def forward(
     _check(q)
     if not q.numel():
         return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-    if _cudnn_serves(q, k, cu_seqlens, lengths, keys):
-        return _cudnn_forward(q, k, v, scale)
+    if cudnn_serves(q, k, cu_seqlens, lengths, keys):
+        return cudnn_forward(q, k, v, scale)
     offsets = _rows(q) if cu_seqlens is None else cu_seqlens
     key_offsets, used = (offsets, None) if lengths is None else (_rows(k), lengths + offsets.diff())
     if keys is not None:
@@ -120,8 +122,8 @@ def backward(
         raise UnsupportedError("flash attention does not differentiate a cache of keys")
     if not q.numel():
         return tuple(torch.empty_like(x) for x in (q, k, v))
-    if _cudnn_serves(q, k, cu_seqlens, keys):
-        return _cudnn_backward(do, q, k, v, o, lse, scale)
+    if cudnn_serves(q, k, cu_seqlens, keys):
+        return cudnn_backward(do, q, k, v, o, lse, scale)
     offsets = _rows(q) if cu_seqlens is None else cu_seqlens
     unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout
     gradients = torch.ops.aten._flash_attention_backward(

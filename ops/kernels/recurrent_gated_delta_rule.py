@@ -22,7 +22,7 @@ def _recurrent_kernel(
     q_token, q_head, k_token, k_head, v_token, v_head, g_token, g_head, beta_token, beta_head,
     HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DOCUMENTS: tl.constexpr, INITIAL: tl.constexpr, ACTIVATE: tl.constexpr, SIGMOID: tl.constexpr,
-    NORMALISE: tl.constexpr,
+    NORMALISE: tl.constexpr, EVERY: tl.constexpr,
 ):  # fmt: skip
     """One sequence, value head and slice of V; with documents the last programs write zeros to the stream's tail."""
     NV: tl.constexpr = (V + BV - 1) // BV
@@ -42,11 +42,11 @@ def _recurrent_kernel(
         for t in range(first, end):
             tl.store(o + (t * HV + hv) * V + cols, tl.zeros([BV], o.dtype.element_ty), mask=cols < V)
     else:
-        at = (n.to(tl.int64) * HV + hv) * (K * V) + (rows[:, None] * V + cols[None, :])
+        at = rows[:, None] * V + cols[None, :]
         inside = (rows < K)[:, None] & (cols < V)[None, :]
         S = tl.zeros([BK, BV], tl.float32)
         if INITIAL:
-            S += tl.load(initial + at, mask=inside, other=0.0).to(tl.float32)
+            S += tl.load(initial + (n.to(tl.int64) * HV + hv) * (K * V) + at, mask=inside, other=0.0).to(tl.float32)
         for t in range(first, end):
             qq = tl.load(q + t * q_token + hk * q_head + rows, mask=rows < K, other=0.0).to(tl.float32)
             kk = tl.load(k + t * k_token + hk * k_head + rows, mask=rows < K, other=0.0).to(tl.float32)
@@ -63,20 +63,25 @@ def _recurrent_kernel(
             S += kk[:, None] * u[None, :]
             out = tl.sum(S * (scale * qq)[:, None], 0)
             tl.store(o + (t * HV + hv) * V + cols, out.to(o.dtype.element_ty), mask=cols < V)
-        tl.store(final + at, S, mask=inside)
+            if EVERY:
+                tl.store(final + (t * HV + hv) * (K * V) + at, S, mask=inside)
+        if not EVERY:
+            tl.store(final + (n.to(tl.int64) * HV + hv) * (K * V) + at, S, mask=inside)
 
 
 def recurrent_forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, A_log: Tensor | None, dt_bias: Tensor | None,
     initial_state: Tensor | None, cu_seqlens: Tensor | None, scale: float, qk_l2norm: bool, beta_scale: float,
+    every_state: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return o and the final state (fp32)."""
+    """Return o and the final state (fp32), or with `every_state` those behind all tokens of the rows."""
     check_heads(q, v)
     batch, length, key_heads, K = q.shape
     heads, V = v.shape[2:]
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     o = torch.empty(batch, length, heads, V, dtype=v.dtype, device=v.device)
-    final = torch.empty(sequences, heads, K, V, dtype=torch.float32, device=v.device)
+    where = (batch, length) if every_state else (sequences,)
+    final = torch.empty(*where, heads, K, V, dtype=torch.float32, device=v.device)
     cu = None if cu_seqlens is None else cu_seqlens.contiguous()
     state = None if initial_state is None else initial_state.contiguous()
     q, k, v, g, beta = (_flat(x) for x in (q, k, v, g, beta))
@@ -88,6 +93,16 @@ def recurrent_forward(
             q, k, v, g, beta, A_log, dt_bias, state, final, o, cu, sequences, length, batch * length, scale, beta_scale,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *g.stride(), *beta.stride(),
             HK=key_heads, HV=heads, K=K, V=V, BK=BK, BV=BV, DOCUMENTS=cu is not None, INITIAL=state is not None,
-            ACTIVATE=A_log is not None, SIGMOID=beta_scale != 0, NORMALISE=qk_l2norm, num_warps=1,
+            ACTIVATE=A_log is not None, SIGMOID=beta_scale != 0, NORMALISE=qk_l2norm,
+            EVERY=every_state, num_warps=1,
         )  # fmt: skip
     return o, final
+
+
+def recurrent_every_state(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, A_log: Tensor | None, dt_bias: Tensor | None,
+    initial_state: Tensor | None, scale: float, qk_l2norm: bool, beta_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return o and the states behind all tokens (fp32)."""
+    tensors = (q, k, v, g, beta, A_log, dt_bias, initial_state, None)
+    return recurrent_forward(*tensors, scale, qk_l2norm, beta_scale, every_state=True)
