@@ -56,8 +56,8 @@ class Mesh:
 
     @property
     def sequence_shards(self) -> int:
-        """Into how many pieces the tokens of a row are cut between blocks."""
-        return self.cp * (self.tp if self.sequence else 1)
+        """Into how many pieces the tokens of a row are cut between blocks; with cp a rank has two of them or more."""
+        return (2 * self.cp if self.cp > 1 else 1) * (self.tp if self.sequence else 1)
 
     def coordinates(self, rank: int) -> dict[str, int]:
         """Where `rank` stands on each of `AXES`, and on "fsdp" and "rows"."""
@@ -137,12 +137,13 @@ def check_batch(mesh: Mesh, config: Config, rows: int, length: int) -> None:
         )
     if length % mesh.sequence_shards:
         raise ValueError(
-            f"a row has {length} tokens, which are cut into cp{' x tp' * mesh.sequence} = {mesh.sequence_shards} "
+            f"a row has {length} tokens, which are cut into {'2 x ' * (mesh.cp > 1)}cp{' x tp' * mesh.sequence} = "
+            f"{mesh.sequence_shards} "
             "pieces: use a multiple"
         )
     taps = config.linear_conv_kernel_dim
-    if mesh.cp > 1 and length // mesh.cp < taps - 1:
+    if mesh.cp > 1 and length // (2 * mesh.cp) < taps - 1:
         raise ValueError(
-            f"mesh.cp is {mesh.cp}, which leaves a rank {length // mesh.cp} tokens of a row; the convolution looks "
-            f"back on {taps - 1}: use a smaller cp"
+            f"mesh.cp is {mesh.cp}, but {2 * mesh.cp} pieces of a row of {length} tokens are below the {taps - 1} that "
+            "the convolution looks back on: use a smaller cp"
         )

@@ -35,13 +35,13 @@ class LinearState(NamedTuple):
 class Tentative(NamedTuple):
     """Of a Gated DeltaNet layer whose last tokens may be taken back: the state before them, and what they bring.
 
-    qkv_BTC: what the convolution reads. a_BTH, b_BTH: the projections that become decay and beta.
+    qkv_BTC: what the convolution reads. after_BTHKV: the recurrent state behind each of them, as `before` has it. That
+    is the memory of T states, until `model.accept` has chosen one.
     """
 
     before: LinearState
     qkv_BTC: Tensor
-    a_BTH: Tensor
-    b_BTH: Tensor
+    after_BTHKV: Tensor
 
 
 class KeyValues(NamedTuple):

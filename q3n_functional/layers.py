@@ -22,7 +22,14 @@ from q3n_functional.float8 import Float8, projection
 from q3n_functional.ops import attention, causal_conv, gated_delta_rule, recurrent_gated_delta_rule, rms_norm_gated
 from q3n_functional.ops.registration import wide
 from q3n_functional.packing import Documents
-from q3n_functional.parallel.context import Crossing, all_keys, carried_inputs, carried_rule, crossing, piece
+from q3n_functional.parallel.context import (
+    Crossing,
+    carried_inputs,
+    carried_rule,
+    crossing,
+    crossing_attention,
+    piece,
+)
 from q3n_functional.parallel.placement import Parallel, enter_block, leave_block, own_groups
 
 
@@ -148,13 +155,20 @@ def gated_delta_net(
     `state` is what the sequences left behind before these tokens, zeros where None. Returns [B, T, D] and the state
     behind the last token of every sequence.
     """
-    qkv_BTC = projection(x_BTD, torch.cat([p.q, p.k, p.v]), context.float8)
+    qkv_BTC = _qkv(p, x_BTD, context)
     a_BTH, b_BTH = linear(x_BTD, p.a), linear(x_BTD, p.b)
-    o_BTHV, new = _delta_rule(p, qkv_BTC, a_BTH, b_BTH, context, state, config, recurrent=context.tentative)
+    o_BTHV, new = _delta_rule(p, qkv_BTC, a_BTH, b_BTH, context, state, config)
     z_BTHV = _heads(projection(x_BTD, p.z, context.float8), config.linear_value_head_dim)
     gated_BTC = rms_norm_gated(o_BTHV, z_BTHV, p.norm, config.rms_norm_eps).flatten(2)
     y_BTD = projection(gated_BTC, p.out, context.float8)
-    return y_BTD, Tentative(state, qkv_BTC, a_BTH, b_BTH) if context.tentative and state is not None else new
+    return y_BTD, Tentative(state, qkv_BTC, new.recurrent) if context.tentative and state is not None else new
+
+
+def _qkv(p: params.LinearAttention, x_BTD: Tensor, context: Context) -> Tensor:
+    """[B, T, C]: one product for many tokens; for a decoding step's few, joining the matrices takes longer."""
+    if x_BTD.shape[1] > 1 and not context.tentative:
+        return projection(x_BTD, torch.cat([p.q, p.k, p.v]), context.float8)
+    return torch.cat([projection(x_BTD, w, context.float8) for w in (p.q, p.k, p.v)], -1)
 
 
 def _delta_rule(
@@ -162,13 +176,15 @@ def _delta_rule(
     qkv_BTC: Tensor,
     a_BTH: Tensor,
     b_BTH: Tensor,
-    context: Context | None,
+    context: Context,
     state: LinearState | None,
     c: Config,
-    recurrent: bool = False,
 ) -> tuple[Tensor, LinearState]:
-    """The convolution and the rule behind it: output [B, T, H, V] and the state behind the tokens."""
-    cu_seqlens = None if context is None or context.documents is None else context.documents.cu_seqlens
+    """The convolution and the rule behind it: output [B, T, H, V] and the state behind the tokens.
+
+    Of tentative tokens, the recurrent state behind each: [B, T, H, K, V].
+    """
+    cu_seqlens = None if context.documents is None else context.documents.cu_seqlens
     inputs, carry = None if state is None else state.conv, _passed_on(context)
     if carry is not None:
         inputs = carried_inputs(qkv_BTC, *carry)
@@ -180,7 +196,9 @@ def _delta_rule(
         beta, beta_scale = torch.sigmoid(beta.to(wide(beta.dtype))).clamp(0, c.linear_attention_clip_val), 0.0
     before = None if state is None else state.recurrent.to(wide(v.dtype))
     rule: Callable[..., tuple[Tensor, Tensor]] = recurrent_gated_delta_rule
-    if not (c.linear_attention_use_recurrent or recurrent or qkv_BTC.shape[1] == 1):
+    if context.tentative:
+        rule = functools.partial(rule, every_state=True)
+    elif not (c.linear_attention_use_recurrent or qkv_BTC.shape[1] == 1):
         rule = functools.partial(gated_delta_rule, chunk_size=c.linear_attention_chunk_size)
 
     def ruled(v_BTHV: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -194,27 +212,22 @@ def _delta_rule(
     return o_BTHV, LinearState(conv, after if state is None else after.to(state.recurrent.dtype))
 
 
-def _passed_on(context: Context | None) -> tuple[int, Crossing, Parallel] | None:
+def _passed_on(context: Context) -> tuple[int, Crossing, Parallel] | None:
     """The number of sequences and how their state comes from other ranks, None where it does not."""
-    if context is None or context.crossing is None or context.parallel is None or context.documents is None:
+    if context.crossing is None or context.parallel is None or context.documents is None:
         return None
     return context.documents.cu_seqlens.shape[0] - 1, context.crossing, context.parallel
 
 
-def accept(p: params.LinearAttention, state: Tentative, counts_B: Tensor, *, config: Config) -> LinearState:
-    """The state behind the first `counts_B` of the tentative tokens of each sequence.
-
-    Only the rule runs again, over what the tokens brought, no matrix product: a step that keeps the state behind every
-    token would write as many states as there are tokens.
-    """
-    before, taken_BT = state.before, torch.arange(state.a_BTH.shape[1], device=counts_B.device) < counts_B[:, None]
-    # A decay of 1 and a beta of 0, both exactly: such a token leaves the state as it is.
-    a_BTH, b_BTH = (x.masked_fill(~taken_BT[..., None], -1e4) for x in (state.a_BTH, state.b_BTH))
-    _, after = _delta_rule(p, state.qkv_BTC, a_BTH, b_BTH, None, before, config, recurrent=True)
+def accept(state: Tentative, counts_B: Tensor) -> LinearState:
+    """The state behind the first `counts_B` of the tentative tokens of each sequence: nothing is computed again."""
+    before, rows_B = state.before, torch.arange(len(counts_B), device=counts_B.device)
+    after_BHKV = state.after_BTHKV[rows_B, (counts_B - 1).clamp(min=0)]
+    recurrent = torch.where((counts_B > 0)[:, None, None, None], after_BHKV, before.recurrent)
     inputs_BCT = torch.cat([before.conv, state.qkv_BTC.mT], -1)
     last_BW = counts_B.long()[:, None] + torch.arange(before.conv.shape[2], device=counts_B.device)
     conv = inputs_BCT.gather(2, last_BW[:, None].expand(-1, inputs_BCT.shape[1], -1))
-    return LinearState(conv, after.recurrent)
+    return LinearState(conv, recurrent)
 
 
 def _heads(x_BTC: Tensor, dim: int) -> Tensor:
@@ -237,8 +250,7 @@ def gated_attention(
         k_BTGK, v_BTGK = _written(state.k, k_BTGK, context.slots), _written(state.v, v_BTGK, context.slots)
     cu_seqlens = None if context.documents is None else context.documents.cu_seqlens
     if context.crossing is not None and context.parallel is not None:
-        k, v = (all_keys(x, context.parallel) for x in (k_BTGK, v_BTGK))
-        o_BTHK = attention(q_BTHK, k, v, context.crossing.queries, keys=context.crossing.keys)
+        o_BTHK = crossing_attention(q_BTHK, k_BTGK, v_BTGK, context.crossing, context.parallel)
     else:
         o_BTHK = attention(q_BTHK, k_BTGK, v_BTGK, cu_seqlens, None if state is None else context.lengths_N)
     y_BTQ = (o_BTHK * torch.sigmoid(gate_BTHK)).flatten(2)

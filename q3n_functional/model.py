@@ -23,7 +23,7 @@ from q3n_functional.packing import IGNORE, Documents, same_document, shift
 from q3n_functional.parallel import ahead
 from q3n_functional.parallel.context import piece
 from q3n_functional.parallel.placement import Parallel, cross_entropy, embed, summed, whole, worth
-from q3n_functional.params import DecoderLayer, LinearAttention, MultiTokenPrediction, Parameters
+from q3n_functional.params import DecoderLayer, MultiTokenPrediction, Parameters
 from q3n_functional.recompute import Recompute, recomputed
 
 
@@ -56,17 +56,14 @@ def forward_cached(
     return linear(h_BTD, head(params)), new_cache
 
 
-def accept(params: Parameters, tentative: Cache, counts_B: Tensor, *, config: Config) -> Cache:
+def accept(tentative: Cache, counts_B: Tensor) -> Cache:
     """The cache behind the first `counts_B` (int32 [B], 0 to T) of each sequence's T tentative tokens.
 
-    `tentative` is what `hidden_states(..., tentative=True)` returned. The cost is that of the linear layers' rule over
-    T tokens: nothing else runs again.
+    `tentative` is what `hidden_states(..., tentative=True)` returned. The cost is that of copying one state of each
+    linear layer: nothing runs again.
     """
     states = tuple(
-        layers.accept(cast(LinearAttention, p.mixer), state, counts_B, config=config)
-        if isinstance(state, Tentative)
-        else state
-        for p, state in zip(params.layers, tentative.layers, strict=True)
+        layers.accept(state, counts_B) if isinstance(state, Tentative) else state for state in tentative.layers
     )
     return Cache(states, tentative.lengths_B + counts_B)
 

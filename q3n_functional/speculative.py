@@ -158,11 +158,11 @@ def step(
     tokens_BT = torch.cat([running.token_B[:, None], state.drafts_BN], 1)
     h_BTD, _, tentative = hidden_states(params, tokens_BT, None, running.cache, config=config, tentative=True)
     assert tentative is not None
-    drawn = _draws(running, linear(h_BTD, head(params)), filtered)
+    drawn = _draws(running, state.drafts_BN, linear(h_BTD, head(params)), filtered)
     ended_BT = _ended(running, drawn.token_BT)
     last_BT = ended_BT | _block_ends(running, ended_BT, block_size)
     counts_B = _counts(running, state.drafts_BN, drawn.token_BT, last_BT)
-    cache = accept(params, tentative, counts_B, config=config)
+    cache = accept(tentative, counts_B)
     stays_BT = torch.arange(num + 1, device=counts_B.device) < counts_B[:, None]
     after = _advanced(running, cache, drawn.token_BT, ended_BT, stays_BT, counts_B)
     lengths_B = running.cache.lengths_B
@@ -175,14 +175,24 @@ def step(
     return Speculating(after, module, drafts_BN, drafted_B, accepted_B), verified
 
 
-def _draws(running: Running, logits_BTV: Tensor, filtered: bool) -> Verified:
-    """What plain decoding would draw at each position if all drafts before it are right."""
-    draws, history = [], running.history
-    for i, logits_BV in enumerate(logits_BTV.unbind(1)):
-        position_B = running.cache.lengths_B + (i + 1)
-        draws.append(sample(logits_BV, running.settings, history, position_B, filtered=filtered))
-        history = noted(history, draws[-1].token_B)
-    return Verified(*(torch.stack(x, 1) for x in zip(*draws, strict=True)))
+def _draws(running: Running, drafts_BN: Tensor, logits_BTV: Tensor, filtered: bool) -> Verified:
+    """What plain decoding would draw at each position if all drafts before it are right.
+
+    So the drafts are the history, and all positions are drawn at once, as the rows R = B T of one batch.
+    """
+    batch, length = logits_BTV.shape[:2]
+    index_T = torch.arange(length, device=logits_BTV.device)
+    before_RN = (index_T[:-1] < index_T[:, None]).repeat(batch, 1)
+    history = _noted_all(caches.repeat(running.history, length), drafts_BN.repeat_interleave(length, 0), before_RN)
+    position_R = (running.cache.lengths_B[:, None] + index_T + 1).flatten()
+    settings = caches.repeat(running.settings, length)
+    drawn = sample(logits_BTV.flatten(0, 1), settings, history, position_R, filtered=filtered)
+    return Verified(*(x.view(batch, length) for x in drawn))
+
+
+def _noted_all(history: History, token_BT: Tensor, kept_BT: Tensor) -> History:
+    """`noted` for several draws of each sequence, which may be the same token."""
+    return History(history.prompt_BV, history.drawn_BV.scatter_add(1, token_BT, kept_BT.to(torch.int32)))
 
 
 def _ended(running: Running, token_BT: Tensor) -> Tensor:
@@ -203,23 +213,21 @@ def _block_ends(running: Running, like_BT: Tensor, block_size: int) -> Tensor:
 def _counts(running: Running, drafts_BN: Tensor, token_BT: Tensor, last_BT: Tensor) -> Tensor:
     """int32 [B]: how many of the drawn tokens stand, up to one of `last_BT`; as many tokens then enter the cache."""
     goes_on_BN = (drafts_BN == token_BT[:, :-1]) & ~last_BT[:, :-1]
-    counts_B = 1 + goes_on_BN.int().cumprod(1).sum(1)
+    num = drafts_BN.shape[1]
+    counts_B = 1 + torch.where(goes_on_BN, num, torch.arange(num, device=token_BT.device)).amin(1)
     return counts_B.masked_fill(running.finished_B, 0).int()
 
 
 def _advanced(
     running: Running, cache: Cache, token_BT: Tensor, ended_BT: Tensor, stays_BT: Tensor, counts_B: Tensor
 ) -> Running:
-    history: History = running.history
-    for i in range(token_BT.shape[1]):
-        history = noted(history, token_BT[:, i], stays_BT[:, i])
     last_B1 = (counts_B.long() - 1).clamp(min=0)[:, None]
     token_B, ended_B = (x.gather(1, last_B1)[:, 0] for x in (token_BT, ended_BT))
     finished_B = running.finished_B
     return Running(
         cache,
         torch.where(finished_B, running.token_B, token_B),
-        history,
+        _noted_all(running.history, token_BT, stays_BT),
         running.settings,
         running.ends_BV,
         running.limit_B,

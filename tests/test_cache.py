@@ -174,7 +174,7 @@ def test_any_number_of_tentative_tokens_can_stay(first, clip):
     expected = forward(tree, tokens, config=config)
     assert_near(h_BTD @ head(tree).mT, expected[:, first : first + drafted])
     counts = torch.arange(6, dtype=torch.int32)
-    kept = accept(tree, tentative, counts, config=config)
+    kept = accept(tentative, counts)
     assert kept.lengths_B.tolist() == [first + n for n in range(6)]
     for row, n in enumerate(counts.tolist()):
         mine = caches.select(kept, torch.tensor([row]))
@@ -187,7 +187,7 @@ def test_tentative_tokens_in_float64():
     tree, tokens = tree_of(config, torch.float64), random_tokens(2, 9)
     cache = empty(config, dtype=torch.float64)
     _, _, tentative = hidden_states(tree, tokens[:, :4], None, cache, config=config, tentative=True)
-    kept = accept(tree, tentative, torch.tensor([4, 1], dtype=torch.int32), config=config)
+    kept = accept(tentative, torch.tensor([4, 1], dtype=torch.int32))
     for row, n in ((0, 4), (1, 1)):
         alone = caches.select(kept, torch.tensor([row]))
         logits, _ = forward_cached(tree, tokens[row : row + 1, n:], alone, config=config)
@@ -253,7 +253,7 @@ def test_one_graph_serves_packed_and_tentative_steps():
 
     def tentative_step(tree, tokens, cache, counts):
         h_BTD, _, tentative = hidden_states(tree, tokens, None, cache, config=config, tentative=True)
-        return h_BTD, accept(tree, tentative, counts, config=config)
+        return h_BTD, accept(tentative, counts)
 
     cases = (
         (packed_step, random_tokens(1, 9), torch.tensor([[0, 2, 9], [0, 4, 5]], dtype=torch.int32)),

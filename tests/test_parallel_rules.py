@@ -123,8 +123,8 @@ mesh.ep is 4, but num_experts is 6, not a multiple of it; this model allows ep 1
 mesh.tp is 4, but linear_num_key_heads is 2, not a multiple of it; this model allows tp 1, 2
 mesh.dp is 0, it must be at least 1
 a batch has 6 rows, which replicate x dp x ep = 4 ranks cannot share: use a multiple
-a row has 20 tokens, which are cut into cp x tp = 8 pieces: use a multiple
-mesh.cp is 8, which leaves a rank 2 tokens of a row; the convolution looks back on 3: use a smaller cp
+a row has 20 tokens, which are cut into 2 x cp x tp = 16 pieces: use a multiple
+mesh.cp is 8, but 16 pieces of a row of 16 tokens are below the 3 that the convolution looks back on: use a smaller cp
 the mesh (dp 2 x tp 2) needs torchrun with hosts x --nproc-per-node = 4, but 1 was launched
 the mesh (one device) needs torchrun with hosts x --nproc-per-node = 1, but 8 were launched
 mesh part 'pp=2' must be one of cp, dp, ep, replicate, tp with a degree, as in dp=2

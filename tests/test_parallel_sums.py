@@ -89,7 +89,7 @@ tp=2 without sequence
 cp=2
   _delta_rule: carried_inputs          reduce_scatter  cp         backward
   _delta_rule: carried_rule            reduce_scatter  cp         backward
-  gated_attention: all_keys            reduce_scatter  cp         backward
+  gated_attention: crossing_attention  reduce_scatter  cp         backward
 ep=2
   _around_layer: whole                 all_reduce sum  ep         backward
   _outer: whole                        all_reduce sum  ep         backward
