@@ -27,8 +27,9 @@ def piece_attention(
 
     The rank is data, so that all ranks compile one program. On CUDA the pieces' keys are taken in blocks, by cuDNN's
     attention on Hopper (bf16 and fp16, head dims to 256 that are multiples of 8), n + 2 of them, and put together by
-    their log-partitions (Liu et al. 2023, Ring Attention); elsewhere flash attention takes each piece. Saved for
-    backward: the inputs, the output, and the fp32 log-partitions.
+    their log-partitions (Liu et al. 2023, Ring Attention); elsewhere flash attention takes each piece. The output
+    repeats bit by bit, the gradients do not: those of blocks that are not causal vary. Saved for backward: the inputs,
+    the output, and the fp32 log-partitions.
 
     Raises ValueError for shapes or dtypes that do not fit.
     """

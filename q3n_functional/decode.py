@@ -81,14 +81,21 @@ def extend(
     parallel: Parallel | None = None,
     *,
     config: Config,
+    fresh: bool = False,
 ) -> tuple[Tensor, Cache]:
     """Logits [B, V] behind the last token of each document of a packed stream, which continues `cache`.
 
     Document n continues sequence n. The logits of an empty one mean nothing, and its sequence stays as it is.
-    `parallel` is as for `hidden`; every rank has all the logits.
+    `parallel` and `fresh` are as for `hidden`; every rank has all the logits.
     """
-    h_1TD, after = hidden(params, tokens_1T, documents(cu_seqlens, *tokens_1T.shape), cache, parallel, config=config)
+    docs = among(tokens_1T, cu_seqlens, fresh)
+    h_1TD, after = hidden(params, tokens_1T, docs, cache, parallel, config=config, fresh=fresh)
     return logits(last(h_1TD, cu_seqlens), head(params), parallel), after
+
+
+def among(tokens_1T: Tensor, cu_seqlens: Tensor, fresh: bool) -> Documents | None:
+    """The documents of a packed stream; None of one that is a single prompt from its beginning, and so a whole row."""
+    return None if fresh and len(cu_seqlens) == 2 else documents(cu_seqlens, *tokens_1T.shape)
 
 
 def hidden(
@@ -99,13 +106,14 @@ def hidden(
     parallel: Parallel | None = None,
     *,
     config: Config,
+    fresh: bool = False,
 ) -> tuple[Tensor, Cache]:
     """Hidden states [B, T, D] of tokens that continue `cache`, and the cache behind them.
 
-    With `parallel`, that of `q3n_functional.parallel.decode`, `params` and `cache` are the rank's parts, tokens and
-    hidden states those of all ranks.
+    `fresh`, for a cache that has nothing yet, is faster. With `parallel`, that of `q3n_functional.parallel.decode`,
+    `params` and `cache` are the rank's parts, tokens and hidden states those of all ranks.
     """
-    h_BTD, _, after = hidden_states(params, tokens_BT, documents, cache, parallel, config=config)
+    h_BTD, _, after = hidden_states(params, tokens_BT, documents, cache, parallel, config=config, fresh=fresh)
     assert after is not None
     return h_BTD, after
 
@@ -125,9 +133,10 @@ def join(
     *,
     config: Config,
     filtered: bool = True,
+    fresh: bool = False,
 ) -> tuple[Running, Drawn]:
     """Rows read parts of their prompts, packed as for `extend`; those in `complete_B` (bool) draw a first token."""
-    logits_BV, cache = extend(params, tokens_1T, cu_seqlens, running.cache, parallel, config=config)
+    logits_BV, cache = extend(params, tokens_1T, cu_seqlens, running.cache, parallel, config=config, fresh=fresh)
     return drawn(running, cache, logits_BV, complete_B, filtered=filtered)
 
 

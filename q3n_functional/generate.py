@@ -70,27 +70,37 @@ def prefill(
 
     Prompts of any lengths lie end to end. Of the activations `chunk_length` tokens are there at once, however many the
     prompts have. `extend` may be `torch.compile(decode.extend, fullgraph=True)`: one graph serves all lengths but 1,
-    which has its own. A prompt without tokens leaves its sequence as it is, and its logits are zero. With `parallel`,
-    that of `q3n_functional.parallel.decode`, `params` and `cache` are the rank's parts; the logits are whole.
+    which has its own, and one a first piece of full length for an empty cache. A prompt without tokens leaves its
+    sequence as it is, and its logits are zero. With `parallel`, that of `q3n_functional.parallel.decode`, `params` and
+    `cache` are the rank's parts; the logits are whole.
 
     Raises ValueError where the prompts are not as many as the sequences, or have no room.
     """
-    _check_room(prompts, cache)
+    before = cache.lengths_B.tolist()
+    _check_room(prompts, before, caches.capacity(cache))
     logits_BV = params.embed_tokens.new_zeros(len(prompts), config.vocab_size)
-    for piece in pieces(prompts, chunk_length, logits_BV.device):
-        new_BV, cache = extend(params, piece.tokens_1T, piece.cu_seqlens, cache, parallel, config=config)
+    for i, piece in enumerate(pieces(prompts, chunk_length, logits_BV.device)):
+        fresh = not any(before) and _begins(i, piece, chunk_length)
+        new_BV, cache = extend(params, piece.tokens_1T, piece.cu_seqlens, cache, parallel, config=config, fresh=fresh)
         logits_BV = torch.where(piece.complete_B[:, None], new_BV, logits_BV)
     return logits_BV, cache
 
 
-def _check_room(prompts: Sequence[Sequence[int]], cache: Cache) -> None:
-    if len(prompts) != len(cache.lengths_B):
-        raise ValueError(f"{len(prompts)} prompts cannot continue a cache of {len(cache.lengths_B)} sequences")
-    room = caches.capacity(cache)
-    for row, (prompt, before) in enumerate(zip(prompts, cache.lengths_B.tolist(), strict=True)):
-        if room is not None and before + len(prompt) > room:
+def _begins(number: int, piece: Piece, chunk_length: int) -> bool:
+    """Whether a piece for an empty cache is attended to as a whole row, by cuDNN on Hopper.
+
+    That makes a plan for a length that it meets first, which pays for pieces of full length alone.
+    """
+    return number == 0 and piece.tokens_1T.shape[1] == chunk_length
+
+
+def _check_room(prompts: Sequence[Sequence[int]], before: Sequence[int], room: int | None) -> None:
+    if len(prompts) != len(before):
+        raise ValueError(f"{len(prompts)} prompts cannot continue a cache of {len(before)} sequences")
+    for row, (prompt, length) in enumerate(zip(prompts, before, strict=True)):
+        if room is not None and length + len(prompt) > room:
             raise ValueError(
-                f"prompt {row} has {len(prompt)} tokens behind {before}, above the cache's capacity of {room}: "
+                f"prompt {row} has {len(prompt)} tokens behind {length}, above the cache's capacity of {room}: "
                 "make a larger one or `cache.resize` it"
             )
 
@@ -169,9 +179,9 @@ def _plain(
     params: Parameters, running: Running, prompt: Sequence[int], static: Static, chunk_length: int, compile: bool
 ) -> Iterator[list[int]]:
     step = decode.repeated(partial(decode.step, **static), params, running, compile=compile)
-    join = decode.in_place(partial(decode.join, **static))
-    for piece in pieces([prompt], chunk_length, running.token_B.device):
-        drawn = join(params, running, *piece)
+    join = [decode.in_place(partial(decode.join, fresh=fresh, **static)) for fresh in (False, True)]
+    for i, piece in enumerate(pieces([prompt], chunk_length, running.token_B.device)):
+        drawn = join[_begins(i, piece, chunk_length)](params, running, *piece)
     yield drawn.token_B.tolist()
     while not running.finished_B:
         yield step().token_B.tolist()
@@ -183,10 +193,10 @@ def _speculated(
 ) -> Iterator[list[int]]:
     device, running = state.drafts_BN.device, state.running
     step = decode.repeated(partial(speculative.step, **static), params, state, compile=compile)
-    join = decode.in_place(partial(speculative.join, **static))
+    join = [decode.in_place(partial(speculative.join, fresh=fresh, **static)) for fresh in (False, True)]
     later = pieces([[*prompt[1:], 0]], chunk_length, device)
-    for piece, after in zip(pieces([prompt], chunk_length, device), later, strict=True):
-        drawn = join(params, state, piece.tokens_1T, after.tokens_1T, *piece[1:])
+    for i, (piece, after) in enumerate(zip(pieces([prompt], chunk_length, device), later, strict=True)):
+        drawn = join[_begins(i, piece, chunk_length)](params, state, piece.tokens_1T, after.tokens_1T, *piece[1:])
     try:
         yield drawn.token_B.tolist()
         while not running.finished_B:

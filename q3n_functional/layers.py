@@ -39,8 +39,9 @@ class Context(NamedTuple):
     documents: None where each row is one. cos_BTR, sin_BTR: of the rotated dims, fp32. valid_BT: which tokens the
     router's statistics count, None for all. lengths_N: int32, the tokens in the cache's rows, and slots: where it takes
     each token's keys and values, None without a cache. tentative: whether linear layers return a `Tentative` state.
-    parallel: the rank's place on a mesh, and crossing: how documents reach over the ends of its piece of the rows.
-    float8: which products are in float8.
+    fresh: whether the cache has nothing yet, so that tokens see one another alone. parallel: the rank's place on a
+    mesh, and crossing: how documents reach over the ends of its piece of the rows. float8: which products are in
+    float8.
     """
 
     documents: Documents | None
@@ -50,6 +51,7 @@ class Context(NamedTuple):
     lengths_N: Tensor | None = None
     slots: Slots | None = None
     tentative: bool = False
+    fresh: bool = False
     parallel: Parallel | None = None
     crossing: Crossing | None = None
     float8: Float8 = "none"
@@ -246,15 +248,18 @@ def gated_attention(
     q_BTHK, gate_BTHK, k_BTGK, v_BTGK = (_heads(x, config.head_dim) for x in projected)
     q_BTHK = _rotated(q_BTHK, p.q_norm, context, config)
     k_BTGK = _rotated(k_BTGK, p.k_norm, context, config)
+    kept = KeyValues(k_BTGK, v_BTGK)
     if state is not None and context.slots is not None:
-        k_BTGK, v_BTGK = _written(state.k, k_BTGK, context.slots), _written(state.v, v_BTGK, context.slots)
+        kept = KeyValues(*(_written(old, new, context.slots) for old, new in zip(state, kept, strict=True)))
     cu_seqlens = None if context.documents is None else context.documents.cu_seqlens
     if context.crossing is not None and context.parallel is not None:
         o_BTHK = crossing_attention(q_BTHK, k_BTGK, v_BTGK, context.crossing, context.parallel)
+    elif state is None or context.fresh:
+        o_BTHK = attention(q_BTHK, k_BTGK, v_BTGK, cu_seqlens)
     else:
-        o_BTHK = attention(q_BTHK, k_BTGK, v_BTGK, cu_seqlens, None if state is None else context.lengths_N)
+        o_BTHK = attention(q_BTHK, *kept, cu_seqlens, context.lengths_N)
     y_BTQ = (o_BTHK * torch.sigmoid(gate_BTHK)).flatten(2)
-    return projection(y_BTQ, p.out, context.float8), KeyValues(k_BTGK, v_BTGK)
+    return projection(y_BTQ, p.out, context.float8), kept
 
 
 def _rotated(x_BTHK: Tensor, weight_K: Tensor, context: Context, config: Config) -> Tensor:

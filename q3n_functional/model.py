@@ -82,13 +82,16 @@ def hidden_states(
     *,
     config: Config,
     tentative: bool = False,
+    fresh: bool = False,
 ) -> tuple[Tensor, RouterStatistics, Cache | None]:
     """The normalised output of the last layer [B, T, D], the routers' statistics, and the cache behind the tokens.
 
-    With `tentative` the cache is one that `accept` cuts to the tokens that stay. With `parallel`, that of
+    With `tentative` the cache is one that `accept` cuts to the tokens that stay. `fresh` says that `cache` has nothing
+    yet, as the device alone would know: attention then goes the way of training. With `parallel`, that of
     `q3n_functional.parallel.decode`, `params` and `cache` are the rank's parts and the tokens are those of all ranks.
     """
-    shared = on_ranks(_context(tokens_BT, documents, cache, config, tentative), tokens_BT, parallel, config=config)
+    shared = _context(tokens_BT, documents, cache, config, tentative)._replace(fresh=fresh)
+    shared = on_ranks(shared, tokens_BT, parallel, config=config)
     h_BTD, statistics, states = _through_layers(params, tokens_BT, shared, cache, config)
     new_cache = None if cache is None else _continued(cache, states, tokens_BT, documents, tentative)
     return h_BTD, _pooled(statistics, h_BTD, config), new_cache

@@ -26,7 +26,7 @@ from q3n_functional.config import Config
 from q3n_functional.decode import Running, last
 from q3n_functional.layers import context, decoder_layer, rms_norm
 from q3n_functional.model import accept, head, hidden_states, with_next
-from q3n_functional.packing import Documents, documents
+from q3n_functional.packing import Documents
 from q3n_functional.params import MultiTokenPrediction, Parameters
 from q3n_functional.sampling import Drawn, History, noted, sample
 
@@ -78,10 +78,11 @@ def join(
     *,
     config: Config,
     filtered: bool = True,
+    fresh: bool = False,
 ) -> tuple[Speculating, Drawn]:
     """`decode.join`, which also lets the module read; next_1T holds the prompts' tokens one place later."""
-    docs, before = documents(cu_seqlens, *tokens_1T.shape), state.running
-    h_1TD, cache = decode.hidden(params, tokens_1T, docs, before.cache, config=config)
+    docs, before = decode.among(tokens_1T, cu_seqlens, fresh), state.running
+    h_1TD, cache = decode.hidden(params, tokens_1T, docs, before.cache, config=config, fresh=fresh)
     logits_BV = linear(last(h_1TD, cu_seqlens), head(params))
     running, drawn = decode.drawn(before, cache, logits_BV, complete_B, filtered=filtered)
     next_1T = _with_drawn(next_1T, cu_seqlens, complete_B, running.token_B)

@@ -5,6 +5,7 @@ import torch
 import torch.utils._pytree as pytree
 
 from q3n_functional import cache as caches
+from q3n_functional import layers
 from q3n_functional.cache import Cache, KeyValues
 from q3n_functional.generate import generate, pieces, prefill
 from q3n_functional.model import forward, forward_cached
@@ -148,6 +149,36 @@ def test_prefill_in_chunks_equals_the_whole(chunk_length):
         following = random_tokens(1, 4, seed=9)
         step, _ = forward_cached(tree, following, caches.select(after, torch.tensor([n])), config=config)
         assert_near(step, forward(tree, torch.cat([row, following], 1), config=config)[:, -4:])
+
+
+@pytest.mark.parametrize("sizes", [(12,), (5, 7, 0)])
+@pytest.mark.parametrize(("chunk_length", "fresh"), [(12, [True]), (4, [True, False, False]), (13, [False])])
+def test_a_first_full_piece_is_attended_to_as_a_row(monkeypatch, chunk_length, fresh, sizes):
+    """Without looking into the empty cache; a single prompt then is no document either."""
+    config, given = config_of(layer_types=(LINEAR, FULL)), []
+    tree, prompts = tree_of(config), [random_tokens(1, size, seed=size)[0].tolist() for size in sizes]
+    attend = layers.attention
+    monkeypatch.setattr(layers, "attention", lambda *x: (given.append([y is None for y in x[3:]]), attend(*x))[1])
+    logits, after = prefill(tree, prompts, empty(config, len(sizes)), config=config, chunk_length=chunk_length)
+    assert given == [[len(sizes) == 1] if begins else [False, False] for begins in fresh]
+    assert after.lengths_B.tolist() == list(sizes)
+    for n, prompt in enumerate(filter(None, prompts)):
+        row, following = torch.tensor([prompt]), random_tokens(1, 4, seed=9)
+        assert_near(logits[n], forward(tree, row, config=config)[0, -1])
+        step, _ = forward_cached(tree, following, caches.select(after, torch.tensor([n])), config=config)
+        assert_near(step, forward(tree, torch.cat([row, following], 1), config=config)[:, -4:])
+
+
+@pytest.mark.parametrize("draft_tokens", [0, 2])
+def test_text_does_not_depend_on_the_pieces_of_its_prompt(draft_tokens):
+    config = config_of(num_nextn_predict_layers=1)
+    tree, prompt = tree_of(config), random_tokens(1, 9, seed=3)[0].tolist()
+    texts = [
+        list(generate(tree, prompt, config=config, max_new_tokens=9, chunk_length=size, draft_tokens=draft_tokens))
+        for size in (3, 9, 100)
+    ]
+    assert texts[0] == texts[1] == texts[2]
+    assert len(set(texts[0])) > 3
 
 
 def test_pieces_of_prompts():

@@ -94,7 +94,7 @@ def test_on_hopper(batch, length, ranks):
     found = derivatives(run, *inputs)
     for actual, wanted in zip(found, expected, strict=True):
         assert (actual.double() - wanted).norm() <= 1e-2 * wanted.norm()
-    assert all(torch.equal(x, y) for x, y in zip(found, derivatives(run, *inputs), strict=True))
+    assert torch.equal(found[0], run(*inputs))
 
 
 @on_hopper
