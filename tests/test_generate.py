@@ -39,8 +39,13 @@ def run(tree, tokens, cache, *cuts, config):
     return torch.cat(logits, 1), cache
 
 
-def empty(config, batch=2, capacity=LENGTH, dtype=torch.float32):
-    return caches.empty(config, batch, capacity, dtype)
+def empty(config, batch=2, capacity=LENGTH, dtype=torch.float32, device="cpu"):
+    return caches.empty(config, batch, capacity, dtype, device)
+
+
+def on_cuda(function):
+    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    return pytest.mark.gpu(skip(function))
 
 
 def assert_near(actual, expected, relative=1e-5):
@@ -63,19 +68,29 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_every_split_equals_the_whole(variant):
+def assert_splits_equal_the_whole(config, device="cpu"):
     """Prefill of k tokens, a continuation of m, then token by token."""
-    config = config_of(**VARIANTS[variant])
-    tree, tokens = tree_of(config), random_tokens(2, LENGTH)
+    tree, tokens = tree_of(config), random_tokens(2, LENGTH).to(device)
+    tree = pytree.tree_map(lambda p: p.to(device), tree)
     with torch.no_grad():
         expected = forward(tree, tokens, config=config)
         for k in range(1, LENGTH):
             for m in (1, 3, 17):
                 cuts = (k, *range(k + m, LENGTH))
-                logits, cache = run(tree, tokens, empty(config), *cuts, config=config)
+                logits, cache = run(tree, tokens, empty(config, device=device), *cuts, config=config)
                 assert_near(logits, expected)
                 assert cache.lengths_B.tolist() == [LENGTH] * 2
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_split_equals_the_whole(variant):
+    assert_splits_equal_the_whole(config_of(**VARIANTS[variant]))
+
+
+@on_cuda
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_split_equals_the_whole_on_a_device(variant):
+    assert_splits_equal_the_whole(config_of(**VARIANTS[variant]), "cuda")
 
 
 def test_splits_are_exact_in_float64():
@@ -130,13 +145,12 @@ def test_text_is_that_of_the_forward_pass():
     assert len(set(actual)) > 3
 
 
-@pytest.mark.parametrize("chunk_length", [1, 4, 7, 100])
-def test_prefill_in_chunks_equals_the_whole(chunk_length):
-    """Ragged, with an empty prompt, behind sequences of several lengths."""
+def assert_ragged_prompts_equal_single_ones(chunk_length, device="cpu"):
+    """In chunks, with an empty prompt, behind sequences of several lengths."""
     config = config_of(layer_types=(LINEAR, FULL))
-    tree, sizes = tree_of(config), ((0, 5), (9, 1), (3, 0), (2, 11))
-    rows = [random_tokens(1, a + b, seed=a) for a, b in sizes]
-    cache = empty(config, 4)
+    tree, sizes = pytree.tree_map(lambda p: p.to(device), tree_of(config)), ((0, 5), (9, 1), (3, 0), (2, 11))
+    rows = [random_tokens(1, a + b, seed=a).to(device) for a, b in sizes]
+    cache = empty(config, 4, device=device)
     _, cache = prefill(tree, [r[0, :a].tolist() for r, (a, _) in zip(rows, sizes, strict=True)], cache, config=config)
     prompts = [r[0, a:].tolist() for r, (a, _) in zip(rows, sizes, strict=True)]
     logits, after = prefill(tree, prompts, cache, config=config, chunk_length=chunk_length)
@@ -146,9 +160,20 @@ def test_prefill_in_chunks_equals_the_whole(chunk_length):
             assert_near(logits[n], forward(tree, row, config=config)[0, -1])
         else:
             assert not logits[n].any()
-        following = random_tokens(1, 4, seed=9)
-        step, _ = forward_cached(tree, following, caches.select(after, torch.tensor([n])), config=config)
+        following = random_tokens(1, 4, seed=9).to(device)
+        step, _ = forward_cached(tree, following, caches.select(after, torch.tensor([n], device=device)), config=config)
         assert_near(step, forward(tree, torch.cat([row, following], 1), config=config)[:, -4:])
+
+
+@pytest.mark.parametrize("chunk_length", [1, 4, 7, 100])
+def test_prefill_in_chunks_equals_the_whole(chunk_length):
+    assert_ragged_prompts_equal_single_ones(chunk_length)
+
+
+@on_cuda
+@pytest.mark.parametrize("chunk_length", [1, 4, 7, 100])
+def test_prefill_in_chunks_equals_the_whole_on_a_device(chunk_length):
+    assert_ragged_prompts_equal_single_ones(chunk_length, "cuda")
 
 
 @pytest.mark.parametrize("sizes", [(12,), (5, 7, 0)])
