@@ -61,6 +61,8 @@ OPERATORS = {
     "grouped_swiglu_backward": 0.41,
     "attention": 0.61,
     "attention_backward": 0.26,
+    "piece_attention": 0.61,  # the same kernels, in blocks: not timed
+    "piece_attention_backward": 0.26,
     "router_logits_backward": 0.25,
 }
 """The share of the dense bf16 peak that operators of this package reach; others reach `PRODUCT`."""
