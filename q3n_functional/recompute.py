@@ -57,12 +57,17 @@ def recomputed(policy: Recompute, function: Callable[..., T], *arguments: Any, s
     if policy == "none" and not shards:
         return function(*arguments)
     options: dict[str, Any] = {}
-    if policy != "full":
-        choose = _selective if policy == "selective" else partial(_all_but_gathered, shards)
+    if policy != "full" or shards:
+        choose = {"selective": _selective, "full": _everything}.get(policy, partial(_all_but_gathered, shards))
         options["context_fn"] = partial(create_selective_checkpoint_contexts, choose)
     # Nothing here draws random numbers.
     result: T = checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
     return result
+
+
+def _everything(context: Any, op: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
+    # As without a policy, but that torch 2.11 would then keep what it gathered.
+    return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _selective(context: Any, op: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
