@@ -92,12 +92,25 @@ def check(name, mesh):
         torch.testing.assert_close(x.full_tensor(), y, rtol=1e-12, atol=1e-12, msg=lambda text: f"{name}: {text}")
 
 
+def check_every_state(mesh):
+    """That has no gradient."""
+    op = functools.partial(rule, recurrent_gated_delta_rule, {"every_state": True})
+    for dims, out_dims in ((HEADS, [2, 2]), (ROWS, [0, 0])):
+        tensors, _ = rule_inputs()
+        shared = [placed(x, dim, mesh) for x, dim in zip(tensors, dims, strict=True)]
+        for y, wanted, dim in zip(op(*shared, None), op(*tensors, None), out_dims, strict=True):
+            assert tuple(y.placements) == (Shard(dim),)
+            torch.testing.assert_close(y.full_tensor(), wanted, rtol=1e-12, atol=1e-12)
+
+
 def ranks(rank, file):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=RANKS)
     mesh = init_device_mesh("cpu", (RANKS,))
     for name in CASES:
         check(name, mesh)
+    torch.manual_seed(0)
+    check_every_state(mesh)
     dist.barrier()
     dist.destroy_process_group()
     os._exit(0)  # gloo's threads may outlive the group: taking the process down around them aborts it now and then
