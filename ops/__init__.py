@@ -1,4 +1,4 @@
-"""The operators of Qwen3-Next as torch.library ops: `torch.ops.q3n.*` behind one checked function each."""
+"""The operators of Qwen3-Next as custom ops of torch: `torch.ops.q3n.*` behind one checked function each."""
 
 from q3n_functional.ops.attention import attention
 from q3n_functional.ops.causal_conv import causal_conv

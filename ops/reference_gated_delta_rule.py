@@ -13,7 +13,7 @@ Letters as in `gated_delta_rule`; R rows that are scanned side by side, M chunks
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -357,19 +357,7 @@ def recurrent(
     return o.to(v.dtype), last
 
 
-def recurrent_every_state(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_state: Tensor | None,
-    scale: float,
-    qk_l2norm: bool,
-    beta_scale: float,
-) -> Outputs:
-    """o and the states behind all tokens."""
-    tensors = (q, k, v, g, beta, A_log, dt_bias, initial_state, None)
-    return recurrent(*tensors, scale, qk_l2norm, beta_scale, every_state=True)
+def recurrent_every_state(*arguments: Any) -> Outputs:
+    """`recurrent` of rows, whose states behind all tokens are given."""
+    given = [*arguments[:8], None, *arguments[8:], True]
+    return recurrent(*given)

@@ -117,7 +117,7 @@ def differentiable(
     `rows` names the arguments whose first dim is a batch of independent rows, as the outputs' first dim then is: vmap
     over these alone, without `cu_seqlens`, is one call with the dims folded; over anything else it is a loop.
 
-    The gradient is registered with torch.library, which recomputation policies and repeated arguments need;
+    The gradient is registered with the op, which recomputation policies and repeated arguments need;
     torch.func cannot differentiate such ops (pytorch#168393), so under its transforms the same functions make an
     `autograd.Function` instead.
     """

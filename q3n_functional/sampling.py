@@ -60,11 +60,11 @@ def history(prompts: Sequence[Sequence[int]], vocab_size: int, device: torch.dev
     return History(prompt_BV.to(device), torch.zeros_like(prompt_BV, dtype=torch.int32, device=device))
 
 
-def noted(history: History, token_B: Tensor, kept_B: Tensor | None = None) -> History:
-    """The history behind a draw, for the sequences in `kept_B` (bool, all where None)."""
-    once_B = torch.ones_like(token_B) if kept_B is None else kept_B
-    count_B1 = history.drawn_BV.gather(1, token_B[:, None]) + once_B[:, None].to(torch.int32)
-    return History(history.prompt_BV, history.drawn_BV.scatter(1, token_B[:, None], count_B1))
+def noted(history: History, token: Tensor, kept: Tensor | None = None) -> History:
+    """The history behind a draw of each sequence [B] or several [B, T], of those in `kept` (bool, all where None)."""
+    once = torch.ones_like(token) if kept is None else kept
+    token_BT, once_BT = (x[:, None] if x.ndim == 1 else x for x in (token, once.to(torch.int32)))
+    return History(history.prompt_BV, history.drawn_BV.scatter_add(1, token_BT, once_BT))
 
 
 class Drawn(NamedTuple):

@@ -28,7 +28,7 @@ from q3n_functional.layers import context, decoder_layer, rms_norm
 from q3n_functional.model import accept, head, hidden_states, with_next
 from q3n_functional.packing import Documents
 from q3n_functional.params import MultiTokenPrediction, Parameters
-from q3n_functional.sampling import Drawn, History, noted, sample
+from q3n_functional.sampling import Drawn, noted, sample
 
 
 class Speculating(NamedTuple):
@@ -184,16 +184,11 @@ def _draws(running: Running, drafts_BN: Tensor, logits_BTV: Tensor, filtered: bo
     batch, length = logits_BTV.shape[:2]
     index_T = torch.arange(length, device=logits_BTV.device)
     before_RN = (index_T[:-1] < index_T[:, None]).repeat(batch, 1)
-    history = _noted_all(caches.repeat(running.history, length), drafts_BN.repeat_interleave(length, 0), before_RN)
+    history = noted(caches.repeat(running.history, length), drafts_BN.repeat_interleave(length, 0), before_RN)
     position_R = (running.cache.lengths_B[:, None] + index_T + 1).flatten()
     settings = caches.repeat(running.settings, length)
     drawn = sample(logits_BTV.flatten(0, 1), settings, history, position_R, filtered=filtered)
     return Verified(*(x.view(batch, length) for x in drawn))
-
-
-def _noted_all(history: History, token_BT: Tensor, kept_BT: Tensor) -> History:
-    """`noted` for several draws of each sequence, which may be the same token."""
-    return History(history.prompt_BV, history.drawn_BV.scatter_add(1, token_BT, kept_BT.to(torch.int32)))
 
 
 def _ended(running: Running, token_BT: Tensor) -> Tensor:
@@ -228,7 +223,7 @@ def _advanced(
     return Running(
         cache,
         torch.where(finished_B, running.token_B, token_B),
-        _noted_all(running.history, token_BT, stays_BT),
+        noted(running.history, token_BT, stays_BT),
         running.settings,
         running.ends_BV,
         running.limit_B,
