@@ -1,12 +1,14 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
 """Cross-entropy of a linear head on CUDA: matrix products by cuBLAS a chunk of tokens at a time, the rest in Triton.
 
-With logits x of one token and log Z = log sum exp x, a program takes the row twice:
+With logits x of one token and log Z = log sum exp x,
 
     cross-entropy = log Z - x[target]        z = (log Z)^2
     dx = exp(x - log Z) (1 + 2 c log Z) - onehot(target)
 
-The second time it writes dx over x, in the inputs' dtype to the front of the row. The products take and give that dtype
+A row fits no multiprocessor. Several programs hold a part of it each, in registers, and wait for one another's largest
+logit and sum, so that the row is read once; dx goes over x, in the inputs' dtype to the front of the row, which all
+have read by then. The products take and give that dtype
 but for the logits and the sum of the head's gradient over several chunks, fp32 both. Chunks depend on shapes alone and
 are added in their order, so repeated runs agree bit by bit.
 """
@@ -20,45 +22,63 @@ from q3n_functional.ops.linear_cross_entropy import IGNORE, chunks
 from q3n_functional.ops.registration import UnsupportedError
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-BLOCK = 4096
+BLOCK = 8192
+"""Logits that a program holds."""
 WARPS = 8
+
+
+@triton.jit
+def _sums_of_row(tops, totals, arrived, row, part, top, total, PARTS: tl.constexpr):
+    """The largest logit of a row and the sum of exp of what the others lack to it, once all its programs have told."""
+    tl.store(tops + row * PARTS + part, top)
+    tl.store(totals + row * PARTS + part, total)
+    told = tl.atomic_add(arrived + row, 1, sem="acq_rel") + 1
+    while told < PARTS:
+        told = tl.atomic_add(arrived + row, 0, sem="acquire")
+    n = tl.arange(0, triton.next_power_of_2(PARTS))
+    all_tops = tl.load(tops + row * PARTS + n, mask=n < PARTS, other=-float("inf"))
+    all_totals = tl.load(totals + row * PARTS + n, mask=n < PARTS, other=0.0)
+    top = tl.max(all_tops, 0)
+    return top, tl.sum(all_totals * tl.exp(all_tops - top), 0)
 
 
 @triton.jit(do_not_specialize_on_alignment=["targets", "cross_entropy", "z_loss"])
 def _row_kernel(
-    logits, targets, cross_entropy, z_loss, gradient, coef,
-    V: tl.constexpr, BV: tl.constexpr, STRIDE: tl.constexpr, IGNORE: tl.constexpr, GRADIENT: tl.constexpr,
+    logits, targets, cross_entropy, z_loss, gradient, coef, tops, totals, arrived,
+    V: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr, STRIDE: tl.constexpr, IGNORE: tl.constexpr,
+    GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    v = tl.arange(0, BV)
+    # A program that waits for others of its row began after those before it: numbers are drawn, not the launch's.
+    turn = tl.program_id(0) if PARTS == 1 else tl.atomic_add(arrived + tl.num_programs(0) // PARTS, 1, sem="relaxed")
+    row, part = (turn // PARTS).to(tl.int64), turn % PARTS
+    v = part * BV + tl.arange(0, BV)
     logits += row * V
     gradient += row * STRIDE
     target = tl.load(targets + row)
     if target == IGNORE:
-        tl.store(cross_entropy + row, 0.0)
-        tl.store(z_loss + row, 0.0)
+        if part == 0:
+            tl.store(cross_entropy + row, 0.0)
+            tl.store(z_loss + row, 0.0)
         if GRADIENT:
-            for start in range(0, V, BV):
-                tl.store(gradient + start + v, tl.zeros([BV], gradient.dtype.element_ty), mask=start + v < V)
+            tl.store(gradient + v, tl.zeros([BV], gradient.dtype.element_ty), mask=v < V)
     else:
-        largest = tl.full([BV], -1e30, tl.float32)  # finite, so that differences are numbers
-        total = tl.zeros([BV], tl.float32)
-        for start in range(0, V, BV):
-            x = tl.load(logits + start + v, mask=start + v < V, other=-float("inf"))
-            above = tl.maximum(largest, x)
-            total = total * tl.exp(largest - above) + tl.exp(x - above)
-            largest = above
-        top = tl.max(largest, 0)
-        partition = top + tl.log(tl.sum(total * tl.exp(largest - top), 0))
-        tl.store(cross_entropy + row, partition - tl.load(logits + target))
-        tl.store(z_loss + row, partition * partition)
+        at_target = tl.load(logits + target)
+        x = tl.load(logits + v, mask=v < V, other=-float("inf"))
+        largest = tl.max(x, 0)
+        x = tl.exp(x - largest)
+        top, total = largest, tl.sum(x, 0)
+        if PARTS > 1:
+            top, total = _sums_of_row(tops, totals, arrived, row, part, top, total, PARTS)
+        else:
+            tl.debug_barrier()  # all have read what lies where dx goes
+        partition = top + tl.log(total)
+        if part == 0:
+            tl.store(cross_entropy + row, partition - at_target)
+            tl.store(z_loss + row, partition * partition)
         if GRADIENT:
-            factor = 1.0 + 2.0 * coef * partition
-            for start in range(0, V, BV):
-                x = tl.load(logits + start + v, mask=start + v < V, other=-float("inf"))
-                dx = tl.exp(x - partition) * factor - (start + v == target).to(tl.float32)
-                tl.debug_barrier()  # all have read what lies where dx goes
-                tl.store(gradient + start + v, dx.to(gradient.dtype.element_ty), mask=start + v < V)
+            factor = (1.0 + 2.0 * coef * partition) * tl.exp(largest - partition)
+            dx = x * factor - (v == target).to(tl.float32)
+            tl.store(gradient + v, dx.to(gradient.dtype.element_ty), mask=v < V)
 
 
 @triton.jit
@@ -92,6 +112,22 @@ def _added(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
+def _softmax(
+    logits: Tensor, targets: Tensor, cross_entropy: Tensor, z_loss: Tensor, dlogits: Tensor, coef: float,
+    gradients: bool,
+) -> None:  # fmt: skip
+    num, vocabulary = logits.shape
+    block = triton.next_power_of_2(vocabulary)
+    block = min(block, BLOCK) if logits.is_cuda else block  # programs that wait for each other need to run side by side
+    parts = triton.cdiv(vocabulary, block)
+    told = torch.empty(2, num, parts, dtype=torch.float32, device=logits.device)
+    arrived = torch.zeros(num + 1, dtype=torch.int32, device=logits.device)
+    _row_kernel[(num * parts,)](
+        logits, targets, cross_entropy, z_loss, dlogits, coef, *told, arrived, V=vocabulary, BV=block, PARTS=parts,
+        STRIDE=dlogits.shape[1], IGNORE=IGNORE, GRADIENT=gradients, num_warps=WARPS,
+    )  # fmt: skip
+
+
 def forward(
     h: Tensor, head: Tensor, targets: Tensor, z_loss_coef: float, gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -105,11 +141,7 @@ def forward(
     for rows in parts:
         logits = _product(h[rows], head.mT)
         dlogits = logits.view(h.dtype)  # [M, V], or twice as wide
-        _row_kernel[(len(logits),)](
-            logits, targets[rows], terms[0, rows], terms[1, rows], dlogits, z_loss_coef,
-            V=vocabulary, BV=min(BLOCK, triton.next_power_of_2(vocabulary)), STRIDE=dlogits.shape[1], IGNORE=IGNORE,
-            GRADIENT=gradients, num_warps=WARPS,
-        )  # fmt: skip
+        _softmax(logits, targets[rows], terms[0, rows], terms[1, rows], dlogits, z_loss_coef, gradients)
         if gradients:
             dlogits = dlogits[:, :vocabulary]
             torch.mm(dlogits, head, out=dh[rows])
@@ -130,5 +162,5 @@ def backward(dtotal: Tensor, dh: Tensor, dhead: Tensor, h: Tensor, head: Tensor)
 def _scaled(x: Tensor, factor: Tensor) -> Tensor:
     out = torch.empty_like(x)
     if x.numel():
-        _scale_kernel[(triton.cdiv(x.numel(), BLOCK),)](x, factor, out, x.numel(), BLOCK=BLOCK, num_warps=WARPS)
+        _scale_kernel[(triton.cdiv(x.numel(), 4096),)](x, factor, out, x.numel(), BLOCK=4096, num_warps=8)
     return out

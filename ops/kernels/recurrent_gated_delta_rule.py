@@ -60,7 +60,7 @@ def _recurrent_kernel(
                 kk *= tl.rsqrt(tl.sum(kk * kk, 0) + 1e-6)
             S *= tl.exp(decay)[:, None]
             u = step * (vv - tl.sum(S * kk[:, None], 0))
-            S += kk[:, None] * u[None, :]
+            S = tl.fma(tl.broadcast_to(kk[:, None], [BK, BV]), tl.broadcast_to(u[None, :], [BK, BV]), S)
             out = tl.sum(S * (scale * qq)[:, None], 0)
             tl.store(o + (t * HV + hv) * V + cols, out.to(o.dtype.element_ty), mask=cols < V)
             if EVERY:
@@ -95,6 +95,7 @@ def recurrent_forward(
             HK=key_heads, HV=heads, K=K, V=V, BK=BK, BV=BV, DOCUMENTS=cu is not None, INITIAL=state is not None,
             ACTIVATE=A_log is not None, SIGMOID=beta_scale != 0, NORMALISE=qk_l2norm,
             EVERY=every_state, num_warps=1,
+            enable_fp_fusion=False,  # what ptxas fuses depends on the code around, so bits would on EVERY
         )  # fmt: skip
     return o, final
 
