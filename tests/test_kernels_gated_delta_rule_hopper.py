@@ -113,6 +113,25 @@ def test_matches_the_plain_kernels(monkeypatch, options):
         assert error <= BOUNDS[torch.bfloat16] * wanted.nan_to_num().double().norm(), name
 
 
+def elsewhere(x):
+    """The same numbers four or two bytes behind where memory begins."""
+    return torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape)
+
+
+@pytest.mark.parametrize("options", ["documents", "a chunk and one"])
+def test_arguments_of_another_kind(options):
+    """What Triton made of a call serves the next one only where the arguments are of the same kind."""
+    grads, tensors, scalars = case(**CASES[options])
+    moved = [x if x is None or n < 3 else elsewhere(x) for n, x in enumerate(tensors)]
+    narrow = [x.bfloat16() if n in (3, 4) else x for n, x in enumerate(tensors)]
+    rounded = [x.bfloat16().float() if n in (3, 4) else x for n, x in enumerate(tensors)]
+    wanted, *found = (kernel_outputs(grads, given, scalars) for given in (tensors, moved, narrow, rounded, tensors))
+    for name, x in wanted.items():
+        assert torch.equal(found[0][name], x), name
+        assert torch.equal(found[3][name], x), name
+        assert torch.equal(found[1][name], found[2][name].to(found[1][name].dtype)), name
+
+
 UNIT = {"beta_scale": 1.0, "l2norm": True}
 IN_WALKS = {
     **{name: CASES[name] | UNIT for name in ("no states", "documents", "documents, no states", "many chunks")},

@@ -42,6 +42,7 @@ from q3n_functional.ops.kernels import gated_delta_rule_hopper as hopper
 from q3n_functional.ops.kernels.gated_delta_rule_hopper_chunks import launch_chunks
 from q3n_functional.ops.kernels.gated_delta_rule_hopper_gradient import launch_gradients
 from q3n_functional.ops.kernels.gated_delta_rule_pieces import cut, fold, last_piece, walks
+from q3n_functional.ops.kernels.launch import Launcher, kind, where
 from q3n_functional.ops.registration import UnsupportedError
 
 CHUNK_SIZES = (16, 32, 64)
@@ -712,6 +713,9 @@ def _gate_gradient_kernel(
         tl.store(d_gate + (HV + hv).to(tl.int64) * num_chunks + chunk, tl.sum(d_g, 0))
 
 
+_gate_gradients = Launcher(_gate_gradient_kernel)
+
+
 class Problem(NamedTuple):
     """What every launch needs to know: sizes, and inputs flattened to one stream of tokens."""
 
@@ -1196,10 +1200,12 @@ def _backward_of_part(
             DOT=_dot_precision(dv.dtype), SIDE=side, SLICES=max(slices), STAGES=config.stages, WHOLE=not fast,
             SCALED=scaled, num_warps=config.warps,
         )  # fmt: skip
-    _gate_gradient_kernel[(p.num_chunks * c["HV"],)](
-        p.g, p.beta, A_log, dt_bias, p.table, sums, dg, dbeta, d_gate, p.length, d_gate.stride(1), beta_scale,
-        *p.g.stride(), *p.beta.stride(), HV=c["HV"], SLICES_Q=slices[0], SLICES_K=slices[1], C=c["C"],
-        DOCUMENTS=p.cu is not None, ACTIVATE=A_log is not None, SIGMOID=beta_scale != 0, SCALED=scaled, num_warps=1,
+    strides = *p.g.stride(), *p.beta.stride()
+    given = p.g, p.beta, A_log, dt_bias
+    _gate_gradients(
+        p.num_chunks * c["HV"], (where(dv), *map(kind, (*given, dg, dbeta, d_gate)), strides),
+        (*given, p.table, sums, dg, dbeta, d_gate, p.length, d_gate.stride(1), beta_scale, *strides),
+        (c["HV"], *slices, c["C"], p.cu is not None, A_log is not None, beta_scale != 0, scaled), num_warps=1,
     )  # fmt: skip
 
 

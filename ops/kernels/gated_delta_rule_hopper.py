@@ -36,10 +36,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from q3n_functional.ops.kernels.launch import Constant, Launcher, kind, where
+
 if TYPE_CHECKING:
     from q3n_functional.ops.kernels.gated_delta_rule import Problem
 
-SCORES = gl.constexpr(72)  # registers of the warps that compute P
+SCORES = Constant(72)  # registers of the warps that compute P
 
 
 class NVMMASharedLayout(gl.NVMMASharedLayout):  # type: ignore[misc]
@@ -589,6 +591,9 @@ def _reverse_scan_kernel(
     ], [4, 1], [SCORES, 24])  # fmt: skip
 
 
+_scan, _reverse_scan = Launcher(_scan_kernel), Launcher(_reverse_scan_kernel)
+
+
 @functools.cache
 def _is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9
@@ -653,14 +658,15 @@ def launch_scan(
     BV, stages = (128, 2) if p.num_sequences * c["HV"] >= NUM_SMS else (64, 3)
     out = matrix_tiles(o, c["HV"] * 128, 64, BV)
     # A kernel takes no None: what a mode has no use for is another tensor of its kind.
-    _scan_kernel[(p.num_sequences * c["HV"] * (128 // BV),)](
-        row_tiles(p.q, 64, 64), row_tiles(p.k, 64, 64), row_tiles(p.v, 64, BV),
-        matrix_tiles(Y, 64, 64, 64), matrix_tiles(gates, 64, 8 if h is None else 4, 64),
-        out, out if h is None else matrix_tiles(h, 128, 64, BV),
-        gates if initial is None else initial, gates if final is None else final, o,
-        *_tables(p, gates), p.length, scale,
-        HK=c["HK"], HV=c["HV"], BV=BV, DOCUMENTS=p.cu is not None, PIECES=p.walks is not None,
-        INITIAL=initial is not None, OUTPUT=h is None, STAGES=stages, WARPS=BV // 16, num_warps=BV // 16,
+    given = gates if initial is None else initial, gates if final is None else final, o, *_tables(p, gates)
+    _scan(
+        p.num_sequences * c["HV"] * (128 // BV), (where(o), *map(kind, given)),
+        (row_tiles(p.q, 64, 64), row_tiles(p.k, 64, 64), row_tiles(p.v, 64, BV),
+         matrix_tiles(Y, 64, 64, 64), matrix_tiles(gates, 64, 8 if h is None else 4, 64),
+         out, out if h is None else matrix_tiles(h, 128, 64, BV),
+         *given, p.length, scale),
+        (c["HK"], c["HV"], BV, p.cu is not None, p.walks is not None, initial is not None, h is None, stages, BV // 16),
+        num_warps=BV // 16,
     )  # fmt: skip
 
 
@@ -674,13 +680,15 @@ def launch_reverse_scan(
     """
     c = p.constants
     BV, stages = 64, 3
-    _reverse_scan_kernel[(p.num_sequences * c["HV"] * (128 // BV),)](
-        row_tiles(p.q, 64, 64), row_tiles(p.k, 64, 64), row_tiles(grad, 64, BV),
-        matrix_tiles(Y, 64, 64, 64), matrix_tiles(gates, 64, 8, 64),
-        matrix_tiles(z, c["HV"] * 128, 64, BV), matrix_tiles(dh, 128, 64, BV),
-        gates if d_final is None else d_final, d_initial if d_initial.numel() else gates, z,
-        *_tables(p, gates), p.length, scale,
-        HK=c["HK"], HV=c["HV"], BV=BV, DOCUMENTS=p.cu is not None, PIECES=p.walks is not None,
-        FINAL=d_final is not None, INITIAL=d_initial.numel() > 0, SCALED=scaled, STAGES=stages, WARPS=BV // 16,
+    begins = d_initial.numel() > 0
+    given = gates if d_final is None else d_final, d_initial if begins else gates, z, *_tables(p, gates)
+    _reverse_scan(
+        p.num_sequences * c["HV"] * (128 // BV), (where(z), *map(kind, given)),
+        (row_tiles(p.q, 64, 64), row_tiles(p.k, 64, 64), row_tiles(grad, 64, BV),
+         matrix_tiles(Y, 64, 64, 64), matrix_tiles(gates, 64, 8, 64),
+         matrix_tiles(z, c["HV"] * 128, 64, BV), matrix_tiles(dh, 128, 64, BV),
+         *given, p.length, scale),
+        (c["HK"], c["HV"], BV, p.cu is not None, p.walks is not None, d_final is not None, begins, scaled, stages,
+         BV // 16),
         num_warps=BV // 16,
     )  # fmt: skip

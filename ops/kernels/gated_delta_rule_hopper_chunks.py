@@ -32,25 +32,26 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from q3n_functional.ops.kernels.gated_delta_rule_hopper import barrier, matrix_tiles, row_tiles
+from q3n_functional.ops.kernels.launch import Constant, Launcher, kind, where
 
 if TYPE_CHECKING:
     from q3n_functional.ops.kernels.gated_delta_rule import Problem
 
-MMA = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16]))
-LEFT = gl.constexpr(gl.DotOperandLayout(0, MMA.value, 2))
-ROW = gl.constexpr(gl.SliceLayout(1, MMA.value))
-COL = gl.constexpr(gl.SliceLayout(0, MMA.value))
+MMA = Constant(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16]))
+LEFT = Constant(gl.DotOperandLayout(0, MMA.value, 2))
+ROW = Constant(gl.SliceLayout(1, MMA.value))
+COL = Constant(gl.SliceLayout(0, MMA.value))
 # Four blocks of 16 x 16, one a warp.
-BLOCKS = gl.constexpr(gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[4, 1, 1], instr_shape=[1, 16, 8]))
-BLOCKS_LEFT = gl.constexpr(gl.DotOperandLayout(0, BLOCKS.value, 2))
-BLOCKS_RIGHT = gl.constexpr(gl.DotOperandLayout(1, BLOCKS.value, 2))
-BLOCKS_ROW = gl.constexpr(gl.SliceLayout(2, BLOCKS.value))
-BLOCKS_COL = gl.constexpr(gl.SliceLayout(1, BLOCKS.value))
+BLOCKS = Constant(gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[4, 1, 1], instr_shape=[1, 16, 8]))
+BLOCKS_LEFT = Constant(gl.DotOperandLayout(0, BLOCKS.value, 2))
+BLOCKS_RIGHT = Constant(gl.DotOperandLayout(1, BLOCKS.value, 2))
+BLOCKS_ROW = Constant(gl.SliceLayout(2, BLOCKS.value))
+BLOCKS_COL = Constant(gl.SliceLayout(1, BLOCKS.value))
 # A vector of 64, whole in every warp: its scan needs no other warp.
-VECTOR = gl.constexpr(gl.BlockedLayout([2], [32], [4], [0]))
-SHARED_VECTOR = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
-HALF = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
-FLAT = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
+VECTOR = Constant(gl.BlockedLayout([2], [32], [4], [0]))
+SHARED_VECTOR = Constant(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+HALF = Constant(gl.NVMMASharedLayout(128, 16, 2))
+FLAT = Constant(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
 
 
 @gluon.jit
@@ -260,16 +261,21 @@ def _whole_group_chunk_kernel(
     tma.store_wait(0)
 
 
+_whole_group_chunks = Launcher(_whole_group_chunk_kernel)
+
+
 def launch_chunks(
     p: Problem, A_log: Tensor | None, dt_bias: Tensor | None, gates: Tensor, Y: Tensor, o: Tensor | None, scale: float
 ) -> None:
     """Write gates, Y and the zeros of o behind the documents; keys are of unit length and beta = sigmoid(beta)."""
     c = p.constants
     none = gates  # a kernel takes no None: what a call has no use for is another tensor
-    _whole_group_chunk_kernel[(p.num_chunks * c["HK"],)](
-        row_tiles(p.q, 64, 64), row_tiles(p.k, 64, 64), matrix_tiles(Y, 64, 64, 64), p.g, p.beta,
-        none if A_log is None else A_log, none if dt_bias is None else dt_bias,
-        p.table if p.cu is not None else none, gates, none if o is None else o, p.length, scale,
-        *p.g.stride(), *p.beta.stride(), HK=c["HK"], HV=c["HV"], DOCUMENTS=p.cu is not None,
-        ACTIVATE=A_log is not None, ZERO=o is not None and p.cu is not None, num_warps=4,
+    strides = *p.g.stride(), *p.beta.stride()
+    _whole_group_chunks(
+        p.num_chunks * c["HK"],
+        (where(Y), Y.dtype, kind(p.g), kind(p.beta), kind(A_log), kind(dt_bias), o is None, strides),
+        (row_tiles(p.q, 64, 64), row_tiles(p.k, 64, 64), matrix_tiles(Y, 64, 64, 64), p.g, p.beta,
+         none if A_log is None else A_log, none if dt_bias is None else dt_bias,
+         p.table if p.cu is not None else none, gates, none if o is None else o, p.length, scale, *strides),
+        (c["HK"], c["HV"], p.cu is not None, A_log is not None, o is not None and p.cu is not None), num_warps=4,
     )  # fmt: skip

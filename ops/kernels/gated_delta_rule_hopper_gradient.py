@@ -33,20 +33,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from q3n_functional.ops.kernels.gated_delta_rule_hopper import NUM_SMS, barrier, matrix_tiles, row_tiles
+from q3n_functional.ops.kernels.launch import Constant, Launcher, where
 
 if TYPE_CHECKING:
     from q3n_functional.ops.kernels.gated_delta_rule import Problem
 
 # Barriers: buffers of q; k (2); do, U, Z and gates (2); S and dS. Then what the groups of keys hand to each other.
-Q, K, ROWS, STATES = gl.constexpr(0), gl.constexpr(1), gl.constexpr(3), gl.constexpr(5)
-MATRIX, SUMS = gl.constexpr(6), gl.constexpr(8)
-EMPTY = gl.constexpr(10)  # from here on they say that a buffer was read
-STATES_AT = gl.constexpr(6)
-MMA = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16]))
-OPERAND = gl.constexpr(gl.DotOperandLayout(0, MMA.value, 2))
-ROW = gl.constexpr(gl.SliceLayout(1, MMA.value))
-COL = gl.constexpr(gl.SliceLayout(0, MMA.value))
-FLAT = gl.constexpr(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
+Q, K, ROWS, STATES = Constant(0), Constant(1), Constant(3), Constant(5)
+MATRIX, SUMS = Constant(6), Constant(8)
+EMPTY = Constant(10)  # from here on they say that a buffer was read
+STATES_AT = Constant(6)
+MMA = Constant(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16]))
+OPERAND = Constant(gl.DotOperandLayout(0, MMA.value, 2))
+ROW = Constant(gl.SliceLayout(1, MMA.value))
+COL = Constant(gl.SliceLayout(0, MMA.value))
+FLAT = Constant(gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
 
 
 @gluon.jit
@@ -432,6 +433,9 @@ def _whole_chunk_gradient_kernel(
     ], [4, 4, 1], [152, 152, 24])  # fmt: skip
 
 
+_whole_chunk_gradients = Launcher(_whole_chunk_gradient_kernel)
+
+
 def launch_gradients(
     p: Problem, grad: Tensor, U: Tensor, Z: Tensor, h: Tensor, dh: Tensor, gates: Tensor, dq: Tensor, dk: Tensor,
     dv: Tensor, sums: Tensor, scale: float, normalise: bool, scaled: bool,
@@ -440,9 +444,10 @@ def launch_gradients(
     chunks that have all their rows."""
     c = p.constants
     width = c["HV"] * 128
-    _whole_chunk_gradient_kernel[(min(NUM_SMS, p.num_chunks * c["HK"]),)](
-        row_tiles(p.q, 64, 64), row_tiles(p.k, 64, 64), row_tiles(grad, 64, 128), matrix_tiles(U, width, 64, 128),
-        matrix_tiles(Z, width, 64, 128), matrix_tiles(h, 128, 64, 128), matrix_tiles(dh, 128, 64, 128),
-        matrix_tiles(gates, 448, 1, 128), p.table, dq, dk, dv, sums, p.length, p.num_chunks,
-        scale, HK=c["HK"], HV=c["HV"], DOCUMENTS=p.cu is not None, NORMALISE=normalise, SCALED=scaled, num_warps=4,
+    _whole_chunk_gradients(
+        min(NUM_SMS, p.num_chunks * c["HK"]), (where(dv), dv.dtype),
+        (row_tiles(p.q, 64, 64), row_tiles(p.k, 64, 64), row_tiles(grad, 64, 128), matrix_tiles(U, width, 64, 128),
+         matrix_tiles(Z, width, 64, 128), matrix_tiles(h, 128, 64, 128), matrix_tiles(dh, 128, 64, 128),
+         matrix_tiles(gates, 448, 1, 128), p.table, dq, dk, dv, sums, p.length, p.num_chunks, scale),
+        (c["HK"], c["HV"], p.cu is not None, normalise, scaled), num_warps=4,
     )  # fmt: skip

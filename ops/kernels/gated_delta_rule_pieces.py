@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from q3n_functional.ops.kernels.launch import Launcher, kind, where
+
 if TYPE_CHECKING:
     from q3n_functional.ops.kernels.gated_delta_rule import Problem
 
@@ -149,6 +151,9 @@ def _fold_kernel(
     tl.store(last + sequence + tile, S, mask=inside)
 
 
+_pieces, _walks = Launcher(_pieces_kernel), Launcher(_walks_kernel)
+
+
 def cut(p: Problem, pieces: int) -> tuple[Problem, Tensor]:
     """The problem whose sequences are pieces of about 1/`pieces` of an average one, and each sequence's first piece.
 
@@ -161,9 +166,10 @@ def cut(p: Problem, pieces: int) -> tuple[Problem, Tensor]:
     device = p.q.device
     piece_cu, piece_chunk = (torch.empty(num + 1, dtype=torch.int32, device=device) for _ in range(2))
     first_piece = torch.empty(p.num_sequences + 1, dtype=torch.int32, device=device)
-    _pieces_kernel[(p.num_sequences + 1,)](
-        p.cu, p.first_chunk, piece_cu, piece_chunk, first_piece, p.num_sequences, p.length, num, size,
-        C=C, DOCUMENTS=p.cu is not None, BLOCK=256,
+    _pieces(
+        p.num_sequences + 1, (where(piece_cu), kind(p.cu), kind(p.first_chunk)),
+        (p.cu, p.first_chunk, piece_cu, piece_chunk, first_piece, p.num_sequences, p.length, num, size),
+        (C, p.cu is not None, 256),
     )  # fmt: skip
     cut_ = p._replace(
         num_sequences=num, length=total, cu=piece_cu, first_chunk=piece_chunk,
@@ -178,9 +184,10 @@ def walks(p: Problem, pieces: int, gates: Tensor) -> Problem:
     assert cut_.cu is not None
     heads = p.constants["HV"]
     table = torch.empty(cut_.num_sequences, heads, 6, dtype=torch.int32, device=gates.device)
-    _walks_kernel[(cut_.num_sequences * heads,)](
-        gates, cut_.cu, cut_.first_chunk, first_piece, table, p.num_sequences, HV=heads, C=p.constants["C"],
-        FLOOR=FLOOR, BLOCK=128, num_warps=1,
+    _walks(
+        cut_.num_sequences * heads, (where(table),),
+        (gates, cut_.cu, cut_.first_chunk, first_piece, table, p.num_sequences),
+        (heads, p.constants["C"], FLOOR, 128), num_warps=1,
     )  # fmt: skip
     return cut_._replace(walks=table)
 

@@ -24,7 +24,7 @@ from q3n_functional.ops.registration import UnsupportedError
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BLOCK = 8192
 """Logits that a program holds."""
-WARPS = 8
+WARPS, REGISTERS = 8, 64
 
 
 @triton.jit
@@ -125,6 +125,7 @@ def _softmax(
     _row_kernel[(num * parts,)](
         logits, targets, cross_entropy, z_loss, dlogits, coef, *told, arrived, V=vocabulary, BV=block, PARTS=parts,
         STRIDE=dlogits.shape[1], IGNORE=IGNORE, GRADIENT=gradients, num_warps=WARPS,
+        maxnreg=REGISTERS,
     )  # fmt: skip
 
 
