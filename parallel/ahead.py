@@ -89,7 +89,7 @@ class _Flight:
         """Cast and gathered, and not waited for; nothing where the part is under way or not there."""
         if number < len(self.parts) and number not in self.coming:
             shards, places, _ = self.parts[number]
-            cast = [shard.detach().to(where.dtype) for shard, where in zip(shards, places, strict=True)]
+            cast = _cast([shard.detach() for shard in shards], [where.dtype for where in places])
             cut = [i for i, where in enumerate(places) if self.is_cut(where)]
             for i, gathered in zip(cut, _gather([cast[i] for i in cut], self.fsdp), strict=True):
                 cast[i] = gathered
@@ -141,12 +141,15 @@ class _Flight:
         # Before the next are sent: what is sent stays in memory until it is waited for.
         self.go_on()
         shards, places, _ = self.parts[number]
+        own = _cast(gradients, [shard.dtype for shard in shards])
         cut = [i for i, where in enumerate(places) if self.is_cut(where)]
-        rows = [_to_front(gradients[i].to(shards[i].dtype), self.fsdp.size, places[i].dim or 0) for i in cut]
-        sent = _scatter(rows, self.fsdp)
-        pieces = dict(zip(cut, sent, strict=True))
+        sent = _scatter([_to_front(own[i], self.fsdp.size, places[i].dim or 0) for i in cut], self.fsdp)
+        for i, piece in zip(cut, sent, strict=True):
+            own[i] = piece
         # What is not cut is summed in place.
-        own = [pieces[i] if i in pieces else _copy(gradients[i], shards[i]) for i in range(len(shards))]
+        own = [
+            x.clone(memory_format=torch.contiguous_format) if x is g else x for x, g in zip(own, gradients, strict=True)
+        ]
         self.going.append(self.summed(own, places, sent))
         next(self.going[-1], None)
         return tuple(own)
@@ -208,8 +211,17 @@ def _memory(x: Tensor) -> tuple[int, torch.dtype]:
     return x.untyped_storage()._cdata, x.dtype
 
 
-def _copy(gradient: Tensor, shard: Tensor) -> Tensor:
-    return gradient.to(shard.dtype, copy=True, memory_format=torch.contiguous_format)
+def _cast(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    """In these dtypes, those of a kind by one call: one by one they take the host longer than the card."""
+    found = [
+        x if x.dtype == dtype else torch.empty(x.shape, dtype=dtype, device=x.device)
+        for x, dtype in zip(tensors, dtypes, strict=True)
+    ]
+    pairs = [(new, old) for new, old in zip(found, tensors, strict=True) if new is not old]
+    for kinds in dict.fromkeys((new.dtype, old.dtype) for new, old in pairs):
+        alike = [pair for pair in pairs if (pair[0].dtype, pair[1].dtype) == kinds]
+        torch._foreach_copy_([new for new, _ in alike], [old for _, old in alike])
+    return found
 
 
 def _joined(pieces: Tensor, size: int, dim: int | None) -> Tensor:

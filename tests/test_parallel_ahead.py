@@ -31,11 +31,20 @@ TWO = [
 FOUR = [("", Case("dp=2,tp=2", SHALLOW)), ("", Case("replicate=2,dp=2", SHALLOW, packed=False))]
 
 
+def cases_of(pairs):
+    return [(kind, *case) for kind, case in pairs]
+
+
 @pytest.mark.parametrize(("ranks", "cases"), [(2, TWO), (4, FOUR)], ids=["two", "four"])
 def test_steps_equal_one_device(ranks, cases):
-    errors = launch(ranks, [(backend, *case) for backend, case in cases], module="tests.ahead_ranks")
+    errors = launch(ranks, cases_of(cases), module="tests.ahead_ranks")
     wrong = {str(case): value for case, value in zip(cases, errors, strict=True) if not value < 1e-10}
     assert not wrong
+
+
+def test_used_in_bf16_they_have_the_gradients_of_those_not_sent_ahead():
+    cases = [("narrow", Case("dp=2", SHALLOW)), ("narrow", Case("replicate=2", SHALLOW))]
+    assert launch(2, cases_of(cases), module="tests.ahead_ranks") == [0, 0]
 
 
 @pytest.fixture
