@@ -5,6 +5,7 @@ from q3n_functional.ops.causal_conv import causal_conv
 from q3n_functional.ops.gated_delta_rule import gated_delta_rule, recurrent_gated_delta_rule
 from q3n_functional.ops.grouped_swiglu import grouped_swiglu
 from q3n_functional.ops.linear_cross_entropy import linear_cross_entropy
+from q3n_functional.ops.linear_log_partition import linear_log_partition
 from q3n_functional.ops.piece_attention import piece_attention
 from q3n_functional.ops.rms_norm_gated import rms_norm_gated
 from q3n_functional.ops.router_logits import router_logits
@@ -16,6 +17,7 @@ __all__ = [
     "gated_delta_rule",
     "grouped_swiglu",
     "linear_cross_entropy",
+    "linear_log_partition",
     "piece_attention",
     "recurrent_gated_delta_rule",
     "rms_norm_gated",

@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.nn.functional import embedding, linear
 
 from q3n_functional.config import Config
-from q3n_functional.ops import linear_cross_entropy
+from q3n_functional.ops import linear_cross_entropy, linear_log_partition
 from q3n_functional.ops.linear_cross_entropy import Sums
+from q3n_functional.ops.linear_log_partition import OTHER
 from q3n_functional.ops.registration import wide
 from q3n_functional.packing import IGNORE
 from q3n_functional.parallel.collectives import Axis, all_gather, all_reduce, maximum, parameter, reduce_scatter
@@ -162,13 +163,12 @@ def cross_entropy(
     """
     if parallel is None or parallel.tp.size == 1:
         return linear_cross_entropy(h_BTD, head_VD, targets_BT, z_loss_coef)
-    logits_BTV = linear(enter_block(h_BTD, parallel), head_VD)
-    logits_BTV = logits_BTV.to(wide(logits_BTV.dtype))
-    highest_BT = maximum(logits_BTV.amax(-1), parallel.tp)
-    sums_BT = all_reduce((logits_BTV - highest_BT[..., None]).exp().sum(-1), parallel.tp)
-    partition_BT = (sums_BT.log() + highest_BT).masked_fill(targets_BT == IGNORE, 0)
     rows_BT, mine_BT = _own(targets_BT, head_VD, parallel)
-    picked_BT = logits_BTV.gather(-1, rows_BT[..., None])[..., 0].where(mine_BT, 0)
+    rows_BT = rows_BT.where(mine_BT, OTHER).masked_fill(targets_BT == IGNORE, IGNORE)
+    part_BT, picked_BT = linear_log_partition(enter_block(h_BTD, parallel), head_VD, rows_BT)
+    highest_BT = maximum(part_BT, parallel.tp)
+    sums_BT = all_reduce((part_BT - highest_BT).exp(), parallel.tp)
+    partition_BT = (sums_BT.log() + highest_BT).masked_fill(targets_BT == IGNORE, 0)
     # The log-partitions are the same on every rank: each counts its share of them.
     entropy = partition_BT.sum() / parallel.tp.size - picked_BT.sum()
     z_loss = partition_BT.square().sum() / parallel.tp.size

@@ -80,6 +80,10 @@ FLOPS: dict[str, Count] = {
     "router_logits": _router,
     "router_logits_backward": lambda dlogits, x, router, impl: 2 * _router(x, router),
     "linear_cross_entropy": _head,
+    "linear_log_partition": _router,
+    "linear_log_partition_backward": lambda dpartition, dpicked, partition, logits, h, head, *rest: (
+        2 * _router(h, head)
+    ),
 }
 """Multiplications and additions of an operator of this package, given its arguments."""
 
@@ -104,6 +108,12 @@ def _experts_gradient_workspace(
 def _head_workspace(h: Tensor, head: Tensor, targets: Tensor, coef: float, gradients: bool, impl: str) -> int:
     logits = len(h) * len(head) * 4
     return min(CHUNK_BYTES, logits) + 4 * head.numel() * (gradients and logits > CHUNK_BYTES)
+
+
+def _log_partition_gradient_workspace(
+    dpartition: Any, dpicked: Any, partition: Any, logits: Tensor, h: Tensor, *rest: Any
+) -> int:
+    return min(CHUNK_BYTES, logits.numel() * h.itemsize)
 
 
 def _delta_rule_gradient_workspace(do: Any, dstate: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> int:
@@ -133,6 +143,7 @@ WORKSPACE: dict[str, Callable[..., int]] = {
     "grouped_swiglu": _experts_workspace,
     "grouped_swiglu_backward": _experts_gradient_workspace,
     "linear_cross_entropy": _head_workspace,
+    "linear_log_partition_backward": _log_partition_gradient_workspace,
     "gated_delta_rule": lambda q, k, v, *rest: v.shape[:3].numel() * rest[-2] * v.itemsize,
     "gated_delta_rule_backward": _delta_rule_gradient_workspace,
     "attention_backward": _attention_gradient_workspace,

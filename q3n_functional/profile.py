@@ -37,6 +37,7 @@ OPERATORS = {
     "router_logits": "router",
     "grouped_swiglu": "experts",
     "linear_cross_entropy": "loss",
+    "linear_log_partition": "loss",
     "attention": "attention",
     "embedding": "embedding",
     "top_experts": "router",

@@ -24,6 +24,7 @@ from q3n_functional.ops import (
     gated_delta_rule,
     grouped_swiglu,
     linear_cross_entropy,
+    linear_log_partition,
     piece_attention,
     recurrent_gated_delta_rule,
     registration,
@@ -134,6 +135,12 @@ def cross_entropy_case(extent, dtype):
     return Case(lambda *x, where, **impl: linear_cross_entropy(*x, where, 0.1, **impl)[:1], inputs, targets)
 
 
+def log_partition_case(extent, dtype):
+    inputs = [random(2, extent, 3, dtype=dtype, seed=0), random(5, 3, dtype=dtype, seed=1)]
+    targets = torch.tensor([0, -1, -100, 4, 1]).repeat(2 * extent)[: 2 * extent].view(2, extent)
+    return Case(lambda *x, where, **impl: linear_log_partition(*x, where, **impl), inputs, targets)
+
+
 def router_case(extent, dtype):
     inputs = [random(extent, 3, dtype=dtype, seed=0), random(4, 3, dtype=dtype, seed=1)]
     return Case(lambda *x, where, **impl: (router_logits(*x, **impl),), inputs)
@@ -164,6 +171,7 @@ CASES = {
     "router_logits": router_case,
     "top_experts": top_experts_case,
     "linear_cross_entropy": cross_entropy_case,
+    "linear_log_partition": log_partition_case,
 }
 each_case = pytest.mark.parametrize("make", CASES.values(), ids=CASES)
 RICHEST = [name for name in CASES if f"{name}, packed" not in CASES and "no " not in name and "vector" not in name]
@@ -257,6 +265,9 @@ q3n::linear_cross_entropy(Tensor h, Tensor head, Tensor targets, float z_loss_co
     -> (Tensor, Tensor, Tensor, Tensor, Tensor)
 q3n::linear_cross_entropy_backward(Tensor dtotal, Tensor dh, Tensor dhead, Tensor h, Tensor head, str impl) ->
     (Tensor, Tensor)
+q3n::linear_log_partition(Tensor h, Tensor head, Tensor targets, str impl) -> (Tensor, Tensor, Tensor)
+q3n::linear_log_partition_backward(Tensor dpartition, Tensor dpicked, Tensor partition, Tensor logits, Tensor
+    h, Tensor head, Tensor targets, str impl) -> (Tensor, Tensor)
 q3n::piece_attention(Tensor q, Tensor k, Tensor v, Tensor rank, float scale, str impl) -> (Tensor, Tensor)
 q3n::piece_attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor rank,
     float scale, str impl) -> (Tensor, Tensor, Tensor)

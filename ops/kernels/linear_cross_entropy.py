@@ -42,9 +42,9 @@ def _sums_of_row(tops, totals, arrived, row, part, top, total, PARTS: tl.constex
     return top, tl.sum(all_totals * tl.exp(all_tops - top), 0)
 
 
-@triton.jit(do_not_specialize_on_alignment=["targets", "cross_entropy", "z_loss"])
+@triton.jit(do_not_specialize_on_alignment=["targets", "partitions", "picked"])
 def _row_kernel(
-    logits, targets, cross_entropy, z_loss, gradient, coef, tops, totals, arrived,
+    logits, targets, partitions, picked, gradient, coef, tops, totals, arrived,
     V: tl.constexpr, BV: tl.constexpr, PARTS: tl.constexpr, STRIDE: tl.constexpr, IGNORE: tl.constexpr,
     GRADIENT: tl.constexpr,
 ):  # fmt: skip
@@ -57,12 +57,12 @@ def _row_kernel(
     target = tl.load(targets + row)
     if target == IGNORE:
         if part == 0:
-            tl.store(cross_entropy + row, 0.0)
-            tl.store(z_loss + row, 0.0)
+            tl.store(partitions + row, 0.0)
+            tl.store(picked + row, 0.0)
         if GRADIENT:
             tl.store(gradient + v, tl.zeros([BV], gradient.dtype.element_ty), mask=v < V)
     else:
-        at_target = tl.load(logits + target)
+        at_target = tl.load(logits + target, mask=target >= 0, other=0.0)
         x = tl.load(logits + v, mask=v < V, other=-float("inf"))
         largest = tl.max(x, 0)
         x = tl.exp(x - largest)
@@ -73,8 +73,8 @@ def _row_kernel(
             tl.debug_barrier()  # all have read what lies where dx goes
         partition = top + tl.log(total)
         if part == 0:
-            tl.store(cross_entropy + row, partition - at_target)
-            tl.store(z_loss + row, partition * partition)
+            tl.store(partitions + row, partition)
+            tl.store(picked + row, at_target)
         if GRADIENT:
             factor = (1.0 + 2.0 * coef * partition) * tl.exp(largest - partition)
             dx = x * factor - (v == target).to(tl.float32)
@@ -88,7 +88,8 @@ def _scale_kernel(x, factor, out, size, BLOCK: tl.constexpr):
     tl.store(out + i, scaled.to(out.dtype.element_ty), mask=i < size)
 
 
-def _check_dtype(h: Tensor) -> None:
+def check_dtype(h: Tensor) -> None:
+    """Raise UnsupportedError for a dtype that the kernels do not take."""
     if h.dtype not in DTYPES:
         raise UnsupportedError(f"h is {h.dtype}: the Triton kernel takes bf16, fp16 and fp32")
 
@@ -98,24 +99,25 @@ def _check_targets(targets: Tensor, vocabulary: int) -> None:
     torch._assert_async(valid.all(), "a target is neither a token nor -100")
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def product(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b` in fp32."""
     return torch.mm(a, b) if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
 
 
-def _added(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+def summed(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """`total + a @ b` in fp32, in place."""
     if total is None:
-        return _product(a, b)
+        return product(a, b)
     if a.dtype == torch.float32:
         return total.addmm_(a, b)
     return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
-def _softmax(
-    logits: Tensor, targets: Tensor, cross_entropy: Tensor, z_loss: Tensor, dlogits: Tensor, coef: float,
-    gradients: bool,
+def softmax(
+    logits: Tensor, targets: Tensor, partitions: Tensor, picked: Tensor, dlogits: Tensor | None = None,
+    coef: float = 0.0,
 ) -> None:  # fmt: skip
+    """Write log Z and x[target], zeros where there is none; and dx to `dlogits`, which lies where `logits` does."""
     num, vocabulary = logits.shape
     block = triton.next_power_of_2(vocabulary)
     block = min(block, BLOCK) if logits.is_cuda else block  # programs that wait for each other need to run side by side
@@ -123,9 +125,9 @@ def _softmax(
     told = torch.empty(2, num, parts, dtype=torch.float32, device=logits.device)
     arrived = torch.zeros(num + 1, dtype=torch.int32, device=logits.device)
     _row_kernel[(num * parts,)](
-        logits, targets, cross_entropy, z_loss, dlogits, coef, *told, arrived, V=vocabulary, BV=block, PARTS=parts,
-        STRIDE=dlogits.shape[1], IGNORE=IGNORE, GRADIENT=gradients, num_warps=WARPS,
-        maxnreg=REGISTERS,
+        logits, targets, partitions, picked, logits if dlogits is None else dlogits, coef, *told, arrived,
+        V=vocabulary, BV=block, PARTS=parts, STRIDE=vocabulary if dlogits is None else dlogits.shape[1], IGNORE=IGNORE,
+        GRADIENT=dlogits is not None, num_warps=WARPS, maxnreg=REGISTERS,
     )  # fmt: skip
 
 
@@ -134,29 +136,30 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the sums and, where asked for, the gradients, as `q3n_functional.ops.linear_cross_entropy` says."""
     (num, _), vocabulary, h, head, targets = h.shape, len(head), h.contiguous(), head.contiguous(), targets.contiguous()
-    _check_dtype(h)
+    check_dtype(h)
     _check_targets(targets, vocabulary)
-    terms = torch.empty(2, num, dtype=torch.float32, device=h.device)
+    partitions, picked = (torch.empty(num, dtype=torch.float32, device=h.device) for _ in range(2))
     dh, dhead = torch.empty_like(h) if gradients else h.new_empty(0), None
     parts = list(chunks(num, vocabulary))
     for rows in parts:
-        logits = _product(h[rows], head.mT)
+        logits = product(h[rows], head.mT)
         dlogits = logits.view(h.dtype)  # [M, V], or twice as wide
-        _softmax(logits, targets[rows], terms[0, rows], terms[1, rows], dlogits, z_loss_coef, gradients)
+        terms = logits, targets[rows], partitions[rows], picked[rows]
+        softmax(*terms, *((dlogits, z_loss_coef) if gradients else ()))
         if gradients:
             dlogits = dlogits[:, :vocabulary]
             torch.mm(dlogits, head, out=dh[rows])
-            dhead = dlogits.mT @ h[rows] if len(parts) == 1 else _added(dhead, dlogits.mT, h[rows])
-    cross_entropy, z_loss = terms.sum(1)
+            dhead = dlogits.mT @ h[rows] if len(parts) == 1 else summed(dhead, dlogits.mT, h[rows])
+    cross_entropy, z_loss = (partitions - picked).sum(), partitions.square().sum()
     if dhead is None:
         dhead = torch.zeros_like(head) if gradients else head.new_empty(0)
-    return cross_entropy + z_loss_coef * z_loss, cross_entropy.clone(), z_loss.clone(), dh, dhead.to(head.dtype)
+    return cross_entropy + z_loss_coef * z_loss, cross_entropy, z_loss, dh, dhead.to(head.dtype)
 
 
 def backward(dtotal: Tensor, dh: Tensor, dhead: Tensor, h: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
     """Return both gradients times the 0-d `dtotal`. By torch's product with a number on the device it takes three times
     as long: that reads element by element."""
-    _check_dtype(dh)
+    check_dtype(dh)
     return _scaled(dh, dtotal), _scaled(dhead, dtotal)
 
 
