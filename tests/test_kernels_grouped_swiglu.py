@@ -216,8 +216,10 @@ def test_a_token_has_the_same_bits_in_any_company():
     dy, x, experts, weights, *matrices = build(width=48)
     (together, _) = outputs([dy, x, experts, weights, *matrices], small())
     (alone, _) = outputs([dy[7:9], x[7:9], experts[7:9], weights[7:9], *matrices], small(scratch=1))
+    # The interpreter's products are numpy's, in which a row's bits depend on its place, on some CPUs.
+    exact = {"rtol": 1e-5, "atol": 1e-6} if INTERPRETED else {"rtol": 0, "atol": 0}
     for name in ("y", "dx", "dweights"):
-        assert torch.equal(alone[name], together[name][7:9]), name
+        torch.testing.assert_close(alone[name], together[name][7:9], **exact, msg=name)
 
 
 def test_scratch_is_bounded():
