@@ -53,6 +53,15 @@ def linear_cross_entropy(
     Raises ValueError for shapes or dtypes that do not fit, RuntimeError (on CUDA a device-side assertion) for a target
     that is neither a token nor -100.
     """
+    check(h, head_VD, targets)
+    wanted = torch.is_grad_enabled() and (h.requires_grad or head_VD.requires_grad)
+    wanted = wanted or transform_is_active()
+    sums = _linear_cross_entropy(h.flatten(0, -2), head_VD, targets.flatten(), float(z_loss_coef), wanted, impl)[:3]
+    return Sums(sums[0], sums[1].detach(), sums[2].detach())
+
+
+def check(h: Tensor, head_VD: Tensor, targets: Tensor) -> None:
+    """Raise ValueError for shapes or dtypes that do not fit."""
     if head_VD.ndim != 2 or h.shape[-1:] != head_VD.shape[1:] or targets.shape != h.shape[:-1]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (h, head_VD, targets))
         raise ValueError(f"h must be [..., D], head [V, D] and targets [...], got {shapes}")
@@ -60,10 +69,6 @@ def linear_cross_entropy(
         raise ValueError(
             f"h and head must share a dtype and targets be int64, got {h.dtype}, {head_VD.dtype}, {targets.dtype}"
         )
-    wanted = torch.is_grad_enabled() and (h.requires_grad or head_VD.requires_grad)
-    wanted = wanted or transform_is_active()
-    sums = _linear_cross_entropy(h.flatten(0, -2), head_VD, targets.flatten(), float(z_loss_coef), wanted, impl)[:3]
-    return Sums(sums[0], sums[1].detach(), sums[2].detach())
 
 
 def chunks(num_tokens: int, vocabulary: int, itemsize: int = 4) -> Iterator[slice]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from q3n_functional.ops.linear_cross_entropy import IGNORE
+from q3n_functional.ops.linear_cross_entropy import IGNORE, check
 from q3n_functional.ops.registration import Impl, Outputs, define, differentiable, gradient, wide
 
 OTHER = -1
@@ -29,13 +29,7 @@ def linear_log_partition(h: Tensor, head_VD: Tensor, targets: Tensor, impl: Impl
     Raises ValueError for shapes or dtypes that do not fit, RuntimeError (on CUDA a device-side assertion) for a target
     that is none of these.
     """
-    if head_VD.ndim != 2 or h.shape[-1:] != head_VD.shape[1:] or targets.shape != h.shape[:-1]:
-        shapes = ", ".join(str(tuple(x.shape)) for x in (h, head_VD, targets))
-        raise ValueError(f"h must be [..., D], head [V, D] and targets [...], got {shapes}")
-    if h.dtype != head_VD.dtype or targets.dtype != torch.int64:
-        raise ValueError(
-            f"h and head must share a dtype and targets be int64, got {h.dtype}, {head_VD.dtype}, {targets.dtype}"
-        )
+    check(h, head_VD, targets)
     partition_M, picked_M, _ = _linear_log_partition(h.flatten(0, -2), head_VD, targets.flatten(), impl)
     return partition_M.view(targets.shape), picked_M.view(targets.shape)
 

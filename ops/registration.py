@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor
+from torch import Tensor, library
 from torch._ops import OpOverload
 
 Impl = Literal["auto", "reference", "triton"]
@@ -24,7 +24,7 @@ IMPLS = get_args(Impl)
 Outputs = Tensor | tuple[Tensor, ...]
 
 logger = logging.getLogger("q3n_functional.ops")
-_library = torch.library.Library("q3n", "DEF")
+_library = library.Library("q3n", "DEF")
 
 
 class UnsupportedError(ValueError):
@@ -61,7 +61,7 @@ def define(
     run = functools.partial(_run, name, reference, kernel)
     for device in ("CPU", "CUDA"):
         _library.impl(name, run, device)
-    torch.library.register_fake(f"q3n::{name}", lambda *args: fake(*args[:-1]), lib=_library)
+    library.register_fake(f"q3n::{name}", lambda *args: fake(*args[:-1]), lib=_library)
     overload: OpOverload = getattr(torch.ops.q3n, name).default
     return overload
 
@@ -153,8 +153,8 @@ def differentiable(
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         return _vmap(op, dict(zip(names, args, strict=True)), rows, info.batch_size, in_dims)
 
-    torch.library.register_autograd(op._schema.name, backward, setup_context=sparse_context, lib=_library)
-    torch.library.register_vmap(op._schema.name, vmap, lib=_library)
+    library.register_autograd(op._schema.name, backward, setup_context=sparse_context, lib=_library)
+    library.register_vmap(op._schema.name, vmap, lib=_library)
 
     def call(*args: Any) -> Any:
         return transformable(*args) if transform_is_active() else op(*args)

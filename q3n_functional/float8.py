@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional
 
@@ -108,7 +108,7 @@ class _Product(torch.autograd.Function):
 # Under torch.func.grad Dynamo would trace `forward` alone and lose the gradient: it must not look inside.
 torch.compiler.allow_in_graph(_Product)
 # A graph with an autograd.Function is never found in AOTAutograd's cache. An operator that is only a name for one is.
-_library = torch.library.Library("q3n", "FRAGMENT")
+_library = library.Library("q3n", "FRAGMENT")
 _library.define("float8_product(Tensor x, Tensor w) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 _library.impl("float8_product", _Product.apply, "CompositeImplicitAutograd")
 

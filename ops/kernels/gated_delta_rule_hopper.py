@@ -44,18 +44,7 @@ if TYPE_CHECKING:
 SCORES = Constant(72)  # registers of the warps that compute P
 
 
-class NVMMASharedLayout(gl.NVMMASharedLayout):  # type: ignore[misc]
-    """As Triton's, but the text that every launch asks of every descriptor is made once: hosts may be slow."""
-
-    @functools.cached_property
-    def _text(self):
-        return super().__repr__()
-
-    def __repr__(self):
-        return self._text
-
-
-LAYOUTS = {2: NVMMASharedLayout(128, 16, 2), 4: NVMMASharedLayout(0, 32, 2)}
+LAYOUTS = {2: gl.NVMMASharedLayout(128, 16, 2), 4: gl.NVMMASharedLayout(0, 32, 2)}
 """Of tiles in shared memory, by the bytes of an element."""
 NUM_SMS = 132  # of the card that the choices here were measured on
 # Triton 3.7 has another name for it than 3.6.

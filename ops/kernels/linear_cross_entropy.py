@@ -144,8 +144,8 @@ def forward(
     for rows in parts:
         logits = product(h[rows], head.mT)
         dlogits = logits.view(h.dtype)  # [M, V], or twice as wide
-        terms = logits, targets[rows], partitions[rows], picked[rows]
-        softmax(*terms, *((dlogits, z_loss_coef) if gradients else ()))
+        to = dlogits if gradients else None
+        softmax(logits, targets[rows], partitions[rows], picked[rows], to, z_loss_coef)
         if gradients:
             dlogits = dlogits[:, :vocabulary]
             torch.mm(dlogits, head, out=dh[rows])
