@@ -6,6 +6,7 @@ by all and then compared, so that a rank that fails takes the others with it at 
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -90,6 +91,8 @@ def joined(where: World, device: torch.device) -> Iterator[None]:
     fresh = dist.PrefixStore(f"attempt {_restarts()}", store)  # type: ignore[attr-defined]  # it is documented
     dist.init_process_group(backend, store=fresh, rank=rank, world_size=size, timeout=SETUP)
     yield
+    # NCCL waits for the graphs that hold its communicators, so those of the block must be gone, in cycles too.
+    gc.collect()
     # Not after an error: the others may be gone, and what is left ends with the process.
     dist.destroy_process_group()
 

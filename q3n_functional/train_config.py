@@ -97,7 +97,7 @@ class TrainConfig:
     """linears: products with the matrices of attention, linear attention, dense layers and shared experts in float8,
     forward and backward; routers, routed experts, gates, embedding and head stay in dtype, which must be bfloat16."""
     cuda_graph: bool = False
-    """Every step from the third on is launched as one CUDA graph, on one device: for steps that wait for the host."""
+    """Every step from the third on is launched as one CUDA graph, for steps that wait for the host. Not with ep."""
     overlap: bool = False
     """Ranks exchange parameters and gradients while they compute: with compile layers those of one layer while the next
     one runs, with model in an order that Inductor makes."""
@@ -228,9 +228,9 @@ def _check(c: TrainConfig) -> None:
         raise ValueError(f"float8 is {c.float8!r} with dtype {c.dtype!r}: it is between bfloat16 tensors, so set that")
     if c.cuda_graph and c.dtype == "float32":
         raise ValueError("cuda_graph with dtype 'float32': fp32 attention waits for the device, so compute in bfloat16")
-    if c.cuda_graph and c.mesh.size > 1:
+    if c.cuda_graph and c.mesh.ep > 1:
         raise ValueError(
-            f"cuda_graph with a mesh of {c.mesh.size} ranks: what ranks send is not recorded, so leave it out"
+            f"cuda_graph with ep = {c.mesh.ep}: the host has to know how many tokens each rank sends, so leave it out"
         )
     if c.float8 != "none" and c.mesh.size > 1:
         raise ValueError(f"float8 is {c.float8!r} with a mesh of {c.mesh.size} ranks: it is for one device, set none")

@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from q3n_functional import compiled, model, packing, params
+from q3n_functional import compiled, cuda_graph, model, packing, params
 from q3n_functional.config import Config
 from q3n_functional.parallel import launch, mesh, placement, rules
 from q3n_functional.params import named_leaves
@@ -39,9 +39,12 @@ REAL: dict[str, Any] = {
 }  # fmt: skip
 LAYOUTS = ("dp=2", "replicate=2", "tp=2", "tp=2 without sequence", "cp=2", "cp=2 in whole rows", "ep=2")
 COMPILED = ("dp=2", "tp=2", "cp=2 in whole rows", "ep=2") if CARDS else ()
+CAPTURED = ("dp=2", "tp=2", "cp=2") if CARDS else ()
+"""In CUDA graphs, not compiled."""
 
 
 Batch = tuple[Tensor, Tensor, Tensor | None]
+Mode = Literal["none", "layers", "graph"]
 
 
 def batch(config: Config) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,20 +67,32 @@ def results(
     config: Config,
     tree: params.Parameters,
     own: Batch,
-    mode: compiled.Mode,
+    mode: Mode,
     parallel: Any = None,
 ) -> dict[str, Tensor]:
-    """The loss and every gradient, by name."""
-    tokens, labels, cu = own
+    """The loss and every gradient, by name; in mode "graph" what a recorded step gives when it is launched again."""
 
     def loss(tree: params.Parameters, tokens: Tensor, labels: Tensor, cu: Tensor | None, **options: Any) -> Any:
         documents = None if cu is None else packing.documents(cu, *tokens.shape)
         return model.loss(tree, tokens, documents, labels, parallel=parallel, config=config, **options)
 
     leaves = named_leaves(tree)
-    value, _ = compiled.compiled(loss, mode)(tree, tokens, labels, cu)
-    gradients = torch.autograd.grad(value, list(leaves.values()))
-    return {"loss": value.detach(), **dict(zip(leaves, gradients, strict=True))}
+    found: dict[str, Tensor] = {}
+    function = loss if mode == "graph" else compiled.compiled(loss, mode)
+
+    def step(inputs: Batch) -> Tensor:
+        value, _ = function(tree, *inputs)
+        found.update(zip(leaves, torch.autograd.grad(value, list(leaves.values())), strict=True))
+        return value.detach()
+
+    if mode != "graph":
+        return {"loss": step(own), **found}
+    captured = cuda_graph.CapturedStep(step)
+    for _ in range(cuda_graph.WARM_UP + 1):
+        captured(own)
+    for gradient in found.values():
+        gradient.zero_()
+    return {"loss": captured(own), **found}
 
 
 def distance(expected: Tensor, actual: Tensor) -> float:
@@ -86,7 +101,7 @@ def distance(expected: Tensor, actual: Tensor) -> float:
 
 def strays(
     config: Config, exact: dict[str, Tensor], narrow: dict[str, Tensor], layout: mesh.Mesh, device: torch.device,
-    tree: params.Parameters, whole: Batch, mode: compiled.Mode,
+    tree: params.Parameters, whole: Batch, mode: Mode,
 ) -> Iterator[tuple[float, str]]:  # fmt: skip
     """How far this rank's results are from fp32, over what one card's bf16 results are; at least half a percent."""
     where, at = rules.layouts(config, layout), layout.coordinates(dist.get_rank())
@@ -114,10 +129,11 @@ def main() -> None:
             wanted[in_rows] = whole, *(results(config, trainable(x), whole, "none") for x in (tree, copies))
         failed = False
         cases = [("none", name) for name in LAYOUTS] + [("layers", name) for name in COMPILED]
+        cases += [("graph", name) for name in CAPTURED]
         for mode, name in cases:
             layout = replace(mesh.parse(name.split()[0]), sequence="without" not in name)
             whole, exact, narrow = wanted["in whole rows" in name]
-            worst = max(strays(config, exact, narrow, layout, device, tree, whole, cast(compiled.Mode, mode)))
+            worst = max(strays(config, exact, narrow, layout, device, tree, whole, cast(Mode, mode)))
             everyone: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(everyone, worst)
             failed |= not max(everyone)[0] < 2

@@ -1,4 +1,4 @@
-"""Meshes of two cards over NCCL, in bf16, eager and compiled."""
+"""Meshes of two cards over NCCL, in bf16, eager, compiled and as CUDA graphs."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from tests.card_ranks import COMPILED, LAYOUTS
+from tests.card_ranks import CAPTURED, COMPILED, LAYOUTS
 
 
 @pytest.mark.gpu
@@ -16,4 +16,4 @@ def test_two_cards_are_as_near_fp32_as_one():
     run = subprocess.run([*command, "-m", "tests.card_ranks"], capture_output=True, text=True, timeout=500)
     print(run.stdout)
     assert run.returncode == 0, run.stdout + run.stderr[-3000:]
-    assert run.stdout.count("of one card's distance") == len(LAYOUTS) + len(COMPILED)
+    assert run.stdout.count("of one card's distance") == len(LAYOUTS) + len(COMPILED) + len(CAPTURED)

@@ -30,7 +30,7 @@ from tests import runs
         ("overlap = true", r"overlap with compile 'layers' and a mesh of 1: "),
         ("overlap = true\ncompile = 'none'\n[mesh]\nep = 2", r"overlap with compile 'none' and a mesh of 2: "),
         ("cuda_graph = true", r"cuda_graph with dtype 'float32': fp32 attention waits"),
-        ("dtype = 'bfloat16'\ncuda_graph = true\n[mesh]\nep = 2", r"cuda_graph with a mesh of 2 ranks: "),
+        ("dtype = 'bfloat16'\ncuda_graph = true\n[mesh]\nep = 2", r"cuda_graph with ep = 2: "),
         ("float8 = 'linears'", r"float8 is 'linears' with dtype 'float32': it is between bfloat16 tensors, so set"),
         ("dtype = 'bfloat16'\nfloat8 = 'linears'\n[mesh]\nep = 2", r"float8 is 'linears' with a mesh of 2 ranks"),
         ("[optimizer]\nlr = nan", r"optimizer\.lr is nan, it must be at least 0"),

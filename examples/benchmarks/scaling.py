@@ -1,16 +1,17 @@
 """A training step of Qwen3-Next at its real widths on two or eight cards of one host, beside one card and the planner.
 
-    python examples/benchmarks/scaling.py [--commit HASH] [--out FOLDER] [--cards 2] [--cases 0 2] [--plan] [--tiny]
+    python examples/benchmarks/scaling.py [--commit HASH] [--out FOLDER] [--cards 2] [--cases 0 2] [--kinds KIND ...]
+                                          [--plan] [--tiny]
 
 Prints a table and writes results/scaling.json. Computed in bf16 over fp32 parameters, AdamW with moments in bf16,
 random tokens, vocabulary 151,936, no prediction module, every kind of layer compiled once. --cards 2: three linear
 layers and one of full attention, 128 experts. With dp, cards also send for parameters one layer ahead (`ahead`, the
-`--overlap` of training). Cases: fsdp 2 and ep 2, twice the rows on twice the cards; tp 2 with
-sequence parallelism and cp 2 on a row of 128k tokens (layers recomputed), the same batch on twice the cards. --cards 8:
-twelve layers, 64 experts where one card has to hold them, 512 where eight do. Metrics: step_ms, the median of forward,
-backward and update, of the slowest rank; tokens_per_s of all cards; peak_gib of the fullest card; efficiency, tokens a
-second over cards times those of one card. Each measurement is a launch of torchrun. Ranks draw equal shards, as values
-do not matter here.
+`--overlap` of training), and steps that wait for the host are CUDA graphs too (`graph`, with dp ahead). Cases: fsdp 2
+and ep 2, twice the rows on twice the cards; tp 2 with sequence parallelism and cp 2 on a row of 128k tokens (layers
+recomputed), the same batch on twice the cards. --cards 8: twelve layers, 64 experts where one card has to hold them,
+512 where eight do. Metrics: step_ms, the median of forward, backward and update, of the slowest rank; tokens_per_s of
+all cards; peak_gib of the fullest card; efficiency, tokens a second over cards times those of one card, in a graph
+where they are. Each measurement is a launch of torchrun. Ranks draw equal shards, as values do not matter here.
 
 --plan measures nothing, needs no card and writes what `q3n plan` expects of the same steps to scaling_plan_N.json, for
 N cards. --tiny is for a machine without cards: small sizes, gloo, eager, once, to see it run.
@@ -32,7 +33,7 @@ import torch
 import torch.distributed as dist
 import torch.utils._pytree as pytree
 
-from q3n_functional import compiled, model, optim, params
+from q3n_functional import compiled, cuda_graph, model, optim, params
 from q3n_functional import plan as planner
 from q3n_functional.config import PRESETS, Config
 from q3n_functional.parallel import launch, mesh, placement, rules
@@ -66,6 +67,7 @@ CASES = {
     "ep 8 16x4096, 512 experts": Case("ep=8", 16, 4096, 0, "selective", 12, 512),
 }
 ONE, ALL, AHEAD, PLAN = "q3n one card", "q3n all cards", "q3n all cards, ahead", "q3n plan"
+ONE_GRAPH, GRAPH = "q3n one card, graph", "q3n all cards, graph"
 UNITS = {"step_ms": "ms", "tokens_per_s": "tokens/s", "peak_gib": "GiB", "efficiency": "1", "first_step_s": "s"}
 ADAMW = optim.OptimizerConfig(lr=1e-4)
 
@@ -97,7 +99,7 @@ def shards(config: Config, layout: mesh.Mesh, device: torch.device) -> params.Pa
 
 
 def stepper(
-    case: Case, config: Config, layout: mesh.Mesh, device: torch.device, tiny: bool, ahead: bool
+    case: Case, config: Config, layout: mesh.Mesh, device: torch.device, tiny: bool, ahead: bool, graph: bool
 ) -> Callable[[], object]:
     """A whole step of this rank."""
     dtype, parallel = torch.float32 if tiny else torch.bfloat16, None
@@ -116,14 +118,15 @@ def stepper(
     update = functools.partial(optim.update_, parallel=parallel, groups=groups, optimizer=ADAMW, moves=moves)
     lr = torch.tensor(1e-4, device=device)
 
-    def step() -> None:
+    def step(tokens: torch.Tensor) -> torch.Tensor:
         tree = working(masters, dtype, parallel)
         value, _ = loss(tree, tokens)
         leaves = params.named_leaves(tree)
         gradients = dict(zip(leaves, torch.autograd.grad(value, list(leaves.values())), strict=True))
         update(views, gradients, state, lr)
+        return value.detach()
 
-    return step
+    return functools.partial(cuda_graph.CapturedStep(step) if graph else step, tokens)
 
 
 def working(masters: params.Parameters, dtype: torch.dtype, parallel: Parallel | None) -> params.Parameters:
@@ -134,26 +137,16 @@ def working(masters: params.Parameters, dtype: torch.dtype, parallel: Parallel |
 
 def measure(name: str, implementation: str, tiny: bool) -> dict[str, float]:
     """Runs on every rank; the slowest rank's time, the fullest card's memory."""
-    case, where, alone = CASES[name], launch.world(), implementation == ONE
+    case, where, alone = CASES[name], launch.world(), implementation in (ONE, ONE_GRAPH)
+    graph = implementation in (ONE_GRAPH, GRAPH)
     config = shape(case, tiny)
     layout = mesh.Mesh() if alone else mesh.parse(case.layout)
     case = case._replace(length=case.length // 64) if tiny else case
     mesh.check_batch(layout, config, case.rows, case.length)
-    card = torch.cuda.is_available()
-    device = launch.own_device(torch.device("cuda" if card else "cpu"), where)
+    device = launch.own_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"), where)
     with launch.joined(where, device):
-        step = stepper(case, config, layout, device, tiny, implementation == AHEAD)
-        wait = torch.cuda.synchronize if card else (lambda: None)
-        begin = time.perf_counter()
-        step()
-        wait()
-        own = {"first_step_s": time.perf_counter() - begin}
-        step()
-        if card:
-            torch.cuda.reset_peak_memory_stats()
-        own["step_ms"] = report.step_ms(step, 1 if tiny else 10)
-        if card:
-            own["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        ahead = layout.dp > 1 and implementation in (AHEAD, GRAPH)
+        own = timed(stepper(case, config, layout, device, tiny, ahead, graph), tiny)
         everyone: list[Any] = [own] * where.size
         if where.size > 1:
             dist.all_gather_object(everyone, own)
@@ -162,9 +155,27 @@ def measure(name: str, implementation: str, tiny: bool) -> dict[str, float]:
     return {**values, "tokens_per_s": rows * case.length / values["step_ms"] * 1e3}
 
 
+def timed(step: Callable[[], object], tiny: bool) -> dict[str, float]:
+    """The first step, which compiles, and the median of later ones, behind those that a graph waits for."""
+    card = torch.cuda.is_available()
+    wait = torch.cuda.synchronize if card else (lambda: None)
+    begin = time.perf_counter()
+    step()
+    wait()
+    own = {"first_step_s": time.perf_counter() - begin}
+    if card:
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(1 if tiny else cuda_graph.WARM_UP):
+        step()
+    own["step_ms"] = report.step_ms(step, 1 if tiny else 10)
+    if card:
+        own["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return own
+
+
 def launched(name: str, implementation: str, tiny: bool) -> dict[str, float]:
     """What a launch of torchrun measured; its last words where it failed."""
-    ranks = 1 if implementation == ONE else mesh.parse(CASES[name].layout).size
+    ranks = 1 if implementation in (ONE, ONE_GRAPH) else mesh.parse(CASES[name].layout).size
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += [__file__, "--measure", name, implementation, *(["--tiny"] if tiny else [])]
     process = subprocess.run(command, capture_output=True, text=True)
@@ -187,26 +198,40 @@ def expected(case: Case, tiny: bool) -> dict[str, float]:
     return {"step_ms": milliseconds, "tokens_per_s": found.tokens_per_s, "peak_gib": found.peak / 2**30}
 
 
+def kinds(case: Case, tiny: bool) -> list[str]:
+    """What is measured of a case: the exchange of experts waits for the host, long steps of a row do not."""
+    layout = mesh.parse(case.layout)
+    ahead = [AHEAD] if layout.dp > 1 else []
+    graphs = not tiny and layout.ep == layout.cp == 1
+    return [ONE] * bool(case.rows_of_one) + [ALL, *ahead] + ([ONE_GRAPH, GRAPH] if graphs else [])
+
+
 def measured(names: list[str], options: argparse.Namespace) -> None:
     """One card once for all cases that ask the same of it; the file grows with every case."""
     rows: report.Rows = []
-    of_one: dict[Case, report.Rows] = {}
+    of_one: dict[tuple[str, Case], report.Rows] = {}
     for name in names:
         case = CASES[name]
-        key = case._replace(layout="", rows=case.rows_of_one)
-        if case.rows_of_one and key not in of_one:
-            of_one[key] = report.measured(name, ONE, functools.partial(launched, name, ONE, options.tiny))
-        one = [{**row, "case": name} for row in of_one.get(key, [])]
-        rows += one
-        for kind in (ALL, AHEAD) if mesh.parse(case.layout).dp > 1 else (ALL,):
-            rows += report.measured(name, kind, functools.partial(beside, name, kind, one, options.tiny))
-        report.write(rows, "scaling", options.commit, options.out)
+        alike = case._replace(layout="", rows=case.rows_of_one)
+        for kind in kinds(case, options.tiny):
+            if options.kinds and kind not in options.kinds:
+                continue
+            if kind in (ONE, ONE_GRAPH):
+                if (kind, alike) not in of_one:
+                    run = functools.partial(launched, name, kind, options.tiny)
+                    of_one[kind, alike] = report.measured(name, kind, run)
+                rows += [{**row, "case": name} for row in of_one[kind, alike]]
+            else:
+                one = of_one.get((ONE_GRAPH if kind == GRAPH else ONE, alike), [])
+                rows += report.measured(name, kind, functools.partial(beside, name, kind, one, options.tiny))
+            report.write(rows, "scaling", options.commit, options.out)
 
 
 def main() -> None:
     parser = report.parser(__doc__)
     parser.add_argument("--cards", type=int, choices=(2, 8), default=2)
     parser.add_argument("--cases", nargs="+", type=int, help="their numbers, from 0; all of them")
+    parser.add_argument("--kinds", nargs="+", choices=(ONE, ONE_GRAPH, ALL, AHEAD, GRAPH), help="all where left out")
     parser.add_argument("--plan", action="store_true", help="what the planner expects, without cards")
     parser.add_argument("--tiny", action="store_true", help="small sizes, once, to see that it runs")
     parser.add_argument("--measure", nargs=2, metavar=("CASE", "IMPLEMENTATION"), help=argparse.SUPPRESS)

@@ -29,6 +29,8 @@ where head dims of 128, chunks of 64 and 16 bits allow them, gates and Y are tho
 whole chunks those of gated_delta_rule_hopper_gradient.py. Few heads and long sequences: gated_delta_rule_pieces.py.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -999,14 +1001,16 @@ def _output_scan(
 def _gradient_scans(
     p: Problem, grad: Tensor, gates: Tensor, Y: Tensor, P: Tensor | None, scale: float, initial: Tensor | None,
     d_final: Tensor | None, d_initial: Tensor, U: Tensor, h: Tensor, z: Tensor, dh: Tensor, scaled: bool,
-    forgets: bool,
+    forgets: bool, lead_in: Callable[[], None] | None,
 ) -> None:  # fmt: skip
-    """Write U, h, z, dh and, where it is not empty, d_initial."""
+    """Write U, h, z, dh and, where it is not empty, d_initial. `lead_in` writes `initial`."""
     # Neither scan needs the other. Where both fit on the card they run side by side, in wide slices.
     wide = Config(BV=64, warps=4, stages=3, tma=True)
     fits = p.q.element_size() == 2 and p.constants["BK"] <= 128 and 0 < 2 * _tiles(p, wide) <= NUM_SMS
     if not (p.q.is_cuda and fits):
         config = _scan_config(p)
+        if lead_in is not None:
+            lead_in()
         _launch_reverse_scan(p, config, grad, gates, Y, P, scale, d_final, d_initial, z, dh, scaled)
         _launch_scan(p, config, gates, Y, None, scale, initial, None, U, h)
         return
@@ -1015,6 +1019,8 @@ def _gradient_scans(
     main, other = torch.cuda.current_stream(p.q.device), torch.cuda.Stream(p.q.device)
     other.wait_stream(main)
     with torch.cuda.stream(other):
+        if lead_in is not None:
+            lead_in()
         _launch_scan(p, wide, gates, Y, None, scale, initial, None, U, h)
     _launch_reverse_scan(p, wide, grad, gates, Y, P, scale, d_final, d_initial, z, dh, scaled)
     main.wait_stream(other)
@@ -1095,7 +1101,7 @@ def backward(
         _launch_chunks(p, A_log, dt_bias, gates, Y, P, None, scale, qk_l2norm, beta_scale, False)
     dq, dk, dv, dg, dbeta = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, g, beta))
     d_gate = torch.empty(2, v.shape[2], p.num_chunks if A_log is not None else 0, dtype=torch.float32, device=q.device)
-    whole = Part(p, grad, gates, Y, initial, d_final, d_initial, dq, dk, dv, dg, dbeta, d_gate)
+    whole = Part(p, grad, gates, Y, initial, d_final, d_initial, dq, dk, dv, dg, dbeta, d_gate, None)
     in_parts = fast and _forgets(qk_l2norm, beta_scale) and _has_large_states(p)
     for part in _parts(whole, scale) if in_parts else (whole,):
         _backward_of_part(part, P, A_log, dt_bias, scale, qk_l2norm, beta_scale)
@@ -1121,6 +1127,7 @@ class Part(NamedTuple):
     dg: Tensor
     dbeta: Tensor
     d_gate: Tensor  # each chunk's share of the gradients of A_log and dt_bias, [2, HV, chunks]
+    lead_in: Callable[[], None] | None  # the walk that writes `initial`, if that is yet to be done
 
 
 def _part(
@@ -1141,7 +1148,7 @@ def _part(
     )
     return Part(
         problem, grad, whole.gates[chunks], whole.Y[chunks], initial, d_final, d_initial, dq, dk, dv, dg, dbeta,
-        whole.d_gate[..., chunks],
+        whole.d_gate[..., chunks], None,
     )  # fmt: skip
 
 
@@ -1169,8 +1176,9 @@ def _parts(whole: Part, scale: float) -> tuple[Part, ...]:
     before = _part(whole, 0, 1, 0, chunks // 2, initial, d_middle, d_initial)
     behind = _part(whole, 0, 1, chunks // 2, chunks, middle, d_final, d_middle)
     last = last_piece(walks(before.problem, chunks // 2, whole.gates))
-    hopper.launch_scan(last, before.gates, before.Y, scale, initial, middle, whole.dv, None)
-    return behind, before
+    # The walk to the middle is shorter than what the reverse scan takes longer than the other one.
+    walk = functools.partial(hopper.launch_scan, last, before.gates, before.Y, scale, initial, middle, whole.dv, None)
+    return behind._replace(lead_in=walk), before
 
 
 def _backward_of_part(
@@ -1178,13 +1186,13 @@ def _backward_of_part(
     beta_scale: float,
 ) -> None:  # fmt: skip
     """Write the part's gradients."""
-    p, grad, gates, Y, initial, d_final, d_initial, dq, dk, dv, dg, dbeta, d_gate = part
+    p, grad, gates, Y, initial, d_final, d_initial, dq, dk, dv, dg, dbeta, d_gate, lead_in = part
     c, fast, scaled = p.constants, P is None, P is None and beta_scale != 0
     # Z holds dV where it is scaled; a beta given as such may be zero, and dbeta needs Z.
     h, dh = (torch.empty(p.num_chunks, c["HV"], c["K"], c["V"], dtype=dv.dtype, device=dv.device) for _ in range(2))
     U = torch.empty_like(dv)
     forgets = _forgets(qk_l2norm, beta_scale)
-    _gradient_scans(p, grad, gates, Y, P, scale, initial, d_final, d_initial, U, h, dv, dh, scaled, forgets)
+    _gradient_scans(p, grad, gates, Y, P, scale, initial, d_final, d_initial, U, h, dv, dh, scaled, forgets, lead_in)
     configs = _gradient_configs(p)
     slices = [_cdiv(c["V"], config.BV) for config in configs]
     sums = torch.empty(p.num_chunks, c["HV"], max(slices), 3, c["C"], dtype=torch.float32, device=dv.device)
