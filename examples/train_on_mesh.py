@@ -31,7 +31,7 @@ if card:
     torch.cuda.set_device(device)
 dist.init_process_group("nccl" if card else "gloo")
 rank = dist.get_rank()
-parallel = placement.connect(layout, where, torch.float32, device)
+parallel = placement.connect(layout, where, device)
 
 # Every rank reads every batch and keeps its rows: batch i of a seed is the same batch on any mesh.
 source, folder = Path(__file__).with_name("shakespeare.txt"), Path(f"runs/mesh-{rank}")

@@ -4,7 +4,8 @@ Parts are the embedding, every layer, and what stands behind the layers. Each ta
 between them, outside of what is compiled. Forward, the gather of a part is sent while the part before it runs.
 What a part keeps for its gradient are not its whole parameters but how it looked at them: backward gathers them
 again, while the part behind it runs. Its gradients are on their way while the part before it runs, and the last of
-them are waited for when all parts are done. One collective a part, group and kind of exchange.
+them are waited for when all parts are done. Gradients go to the ranks that keep them as they are, and are summed there,
+in fp32 where they have 16 bits: half of the bytes of an fp32 sum on its way (the idea is of Wang et al. 2023, ZeRO++).
 
 What is under way belongs to one call of the loss: it is in a `_Flight`, and gone with its graph.
 """
@@ -21,10 +22,14 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from q3n_functional.ops.registration import wide
 from q3n_functional.parallel.collectives import Axis, _from_front, _to_front
 from q3n_functional.parallel.placement import Parallel, Place, place
 
 _ops = torch.ops._c10d_functional
+
+LARGE = 2**20
+"""Elements from which on a gradient is an exchange of its own, as it is copied to be sent with others."""
 
 Use = Callable[..., Any]
 """`use(number, function, *arguments, **options)` is `function(part, *arguments, **options)` of the part so numbered."""
@@ -85,15 +90,17 @@ class _Flight:
         """Whether ranks share the parameter out."""
         return self.fsdp.size > 1 and where.dim is not None
 
+    def cut(self, number: int) -> list[int]:
+        """Which of the part's parameters are."""
+        return [i for i, where in enumerate(self.parts[number].places) if self.is_cut(where)]
+
     def send_for(self, number: int) -> None:
-        """Cast and gathered, and not waited for; nothing where the part is under way or not there."""
+        """Gathered, and not waited for; nothing where the part is under way or not there."""
         if number < len(self.parts) and number not in self.coming:
-            shards, places, _ = self.parts[number]
-            cast = _cast([shard.detach() for shard in shards], [where.dtype for where in places])
-            cut = [i for i, where in enumerate(places) if self.is_cut(where)]
-            for i, gathered in zip(cut, _gather([cast[i] for i in cut], self.fsdp), strict=True):
-                cast[i] = gathered
-            self.coming[number] = cast
+            shards, cut = self.parts[number].shards, self.cut(number)
+            self.coming[number] = [shard.detach() for shard in shards]
+            for i, gathered in zip(cut, _gather([shards[i] for i in cut], self.fsdp), strict=True):
+                self.coming[number][i] = gathered
 
     def arrived(self, number: int) -> list[Tensor]:
         """The part's whole parameters."""
@@ -141,33 +148,38 @@ class _Flight:
         # Before the next are sent: what is sent stays in memory until it is waited for.
         self.go_on()
         shards, places, _ = self.parts[number]
-        own = _cast(gradients, [shard.dtype for shard in shards])
-        cut = [i for i, where in enumerate(places) if self.is_cut(where)]
-        sent = _scatter([_to_front(own[i], self.fsdp.size, places[i].dim or 0) for i in cut], self.fsdp)
-        for i, piece in zip(cut, sent, strict=True):
-            own[i] = piece
-        # What is not cut is summed in place.
         own = [
-            x.clone(memory_format=torch.contiguous_format) if x is g else x for x, g in zip(own, gradients, strict=True)
+            torch.empty_like(shard) if self.is_cut(where) or self.copied(where) else gradient
+            for shard, where, gradient in zip(shards, places, gradients, strict=True)
         ]
-        self.going.append(self.summed(own, places, sent))
+        self.going.append(self.summed(number, gradients, own))
         next(self.going[-1], None)
         return tuple(own)
 
-    def summed(self, own: list[Tensor], places: list[Place], sent: list[Tensor]) -> Iterator[None]:
-        """Sums gradients over one group of ranks after the other; each time it goes on it waits for the last sums."""
+    def summed(self, number: int, gradients: Sequence[Tensor], own: list[Tensor]) -> Iterator[None]:
+        """Writes `own`: sums over one group of ranks after the other; each time it goes on it waits for the last."""
+        places, size = self.parts[number].places, self.fsdp.size
+        sent = _send({i: _to_front(gradients[i], size, places[i].dim or 0) for i in self.cut(number)}, self.fsdp)
+        copied = {i: self.copied(where) for i, where in enumerate(places)}
+        sums = {i: _widened(gradients[i]) for i in copied if copied[i] and not self.is_cut(places[i])}
+        del gradients
+        if sent:
+            yield
+        for i, pieces in _arrived(sent):
+            sums[i] = pieces.sum(0, dtype=wide(pieces.dtype) if copied[i] else None).view_as(own[i])
         for axis in self.axes:
-            copies = [x for x, where in zip(own, places, strict=True) if axis.size > 1 and self.is_copied(where, axis)]
-            sent = [*sent, *_sum(copies, axis)]
-            if sent:
+            together = _sum([x for i, x in sums.items() if any(axis is other for other in copied[i])], axis)
+            if together:
                 yield
-            for x in sent:
+            for x in together:
                 _ops.wait_tensor(x)
-            sent = []
+        for i, x in sums.items():
+            own[i].copy_(x)
 
-    def is_copied(self, where: Place, axis: Axis) -> bool:
-        """Whether the ranks of the axis hold copies of the parameter, or of its shard."""
-        return where.dim is None if axis is self.fsdp else any(axis is other for other in where.copies)
+    def copied(self, where: Place) -> list[Axis]:
+        """The groups whose ranks hold copies of the parameter, or of its shard."""
+        axes = [*where.copies, *([self.fsdp] if where.dim is None else [])]
+        return [axis for axis in axes if axis.size > 1]
 
     def go_on(self) -> None:
         """Waits for the gradients that were sent, and sends those on that are not yet summed over all groups."""
@@ -211,17 +223,9 @@ def _memory(x: Tensor) -> tuple[int, torch.dtype]:
     return x.untyped_storage()._cdata, x.dtype
 
 
-def _cast(tensors: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    """In these dtypes, those of a kind by one call: one by one they take the host longer than the card."""
-    found = [
-        x if x.dtype == dtype else torch.empty(x.shape, dtype=dtype, device=x.device)
-        for x, dtype in zip(tensors, dtypes, strict=True)
-    ]
-    pairs = [(new, old) for new, old in zip(found, tensors, strict=True) if new is not old]
-    for kinds in dict.fromkeys((new.dtype, old.dtype) for new, old in pairs):
-        alike = [pair for pair in pairs if (pair[0].dtype, pair[1].dtype) == kinds]
-        torch._foreach_copy_([new for new, _ in alike], [old for _, old in alike])
-    return found
+def _widened(x: Tensor) -> Tensor:
+    """A copy to be summed in place."""
+    return x.to(wide(x.dtype), copy=True, memory_format=torch.contiguous_format)
 
 
 def _joined(pieces: Tensor, size: int, dim: int | None) -> Tensor:
@@ -237,13 +241,27 @@ def _gather(shards: list[Tensor], axis: Axis) -> list[Tensor]:
     return gathered
 
 
-def _scatter(rows: list[Tensor], axis: Axis) -> list[Tensor]:
-    """The rank's rows of the ranks' sums, when they are waited for."""
-    if not rows:
-        return []
-    rows = [x.contiguous() for x in rows]
-    scattered: list[Tensor] = _ops.reduce_scatter_tensor_coalesced(rows, "sum", axis.size, axis.group)
-    return scattered
+def _send(rows: dict[int, Tensor], axis: Axis) -> list[tuple[dict[int, int], Tensor]]:
+    """Pieces of `rows`, one behind the other along dim 0, each to its rank; small ones of a dtype in one exchange.
+
+    Returns exchanges as what is in them, the numbers of elements of a piece, and what comes once it is waited for.
+    """
+    bundles: dict[Any, list[int]] = {}
+    for i, x in rows.items():
+        bundles.setdefault(i if x.numel() >= LARGE else x.dtype, []).append(i)
+    found = []
+    for bundle in bundles.values():
+        flat = [rows[i].reshape(axis.size, -1) for i in bundle]
+        x, each = flat[0] if len(flat) == 1 else torch.cat(flat, 1), [1] * axis.size
+        widths = {i: pieces.shape[1] for i, pieces in zip(bundle, flat, strict=True)}
+        found.append((widths, _ops.all_to_all_single(x.contiguous(), each, each, axis.group)))
+    return found
+
+
+def _arrived(sent: list[tuple[dict[int, int], Tensor]]) -> Iterator[tuple[int, Tensor]]:
+    """Of each of the rows that `_send` got, all ranks' pieces for this rank, [ranks, elements]."""
+    for widths, x in sent:
+        yield from zip(widths, _ops.wait_tensor(x).split(list(widths.values()), 1), strict=True)
 
 
 def _sum(copies: list[Tensor], axis: Axis) -> list[Tensor]:

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from q3n_functional.ops.registration import wide
+
 _ops = torch.ops._c10d_functional
 
 
@@ -91,22 +93,21 @@ class _AllReduce(torch.autograd.Function):
 
 
 class _Parameter(torch.autograd.Function):
-    """A parameter at use: cast, then gathered; its gradient comes back in the dtype that the shard is stored in."""
+    """A parameter at use, gathered; its gradient is summed in fp32 where it has 16 bits, and rounded once."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dtype: torch.dtype, size: int, group: str, dim: int, sums: list[str]) -> Tensor:
-        ctx.where, ctx.sums, ctx.dtype = (size, group, dim), sums, x.dtype
-        x = x.to(dtype)
-        return _gathered(x, size, group, dim) if size > 1 else x.clone()
+    def forward(ctx: Any, x: Tensor, size: int, group: str, dim: int, sums: list[str]) -> Tensor:
+        ctx.where, ctx.sums = (size, group, dim), sums
+        return _gathered(x, size, group, dim) if size > 1 else x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx = dy.to(ctx.dtype)
+        dx = dy.to(wide(dy.dtype))
         if ctx.where[0] > 1:
             dx = _scattered(dx, *ctx.where)
         for group in ctx.sums:
             dx = _reduced(dx, group)
-        return dx, None, None, None, None, None
+        return dx.to(dy.dtype), None, None, None, None
 
 
 class _AllToAll(torch.autograd.Function):
@@ -164,13 +165,13 @@ def pick(x: Tensor, axis: Axis, dim: int) -> Tensor:
     return pieces.index_select(dim, axis.rank).squeeze(dim)
 
 
-def parameter(x: Tensor, dtype: torch.dtype, gather: Axis, dim: int | None, sums: list[Axis]) -> Tensor:
-    """A stored shard as the whole that is used, in `dtype`.
+def parameter(x: Tensor, gather: Axis, dim: int | None, sums: list[Axis]) -> Tensor:
+    """A shard as the whole that is used: gathered from `gather`'s ranks along `dim`.
 
-    It is gathered from `gather`'s ranks along `dim`, in `dtype`. Its gradient is reduce-scattered to them and then
-    summed over `sums`, the axes whose ranks hold copies, all in the shard's own dtype.
+    Its gradient is reduce-scattered to them and then summed over `sums`, the axes whose ranks hold copies.
     """
-    groups = [axis.group for axis in sums if axis.size > 1]
-    if dim is None:
-        return _apply(_Parameter, x, dtype, 1, "", 0, [*([gather.group] if gather.size > 1 else []), *groups])
-    return _apply(_Parameter, x, dtype, gather.size, gather.group, dim, groups)
+    copies = [axis for axis in (sums if dim is not None else [gather, *sums]) if axis.size > 1]
+    groups = [axis.group for axis in copies]
+    if dim is not None and gather.size > 1:
+        return _apply(_Parameter, x, gather.size, gather.group, dim, groups)
+    return _apply(_Parameter, x, 1, "", 0, groups) if groups else x

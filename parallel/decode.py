@@ -43,8 +43,7 @@ def connect(mesh: Mesh, config: Config, device: torch.device, timeout: timedelta
     """
     check(mesh)
     mesh = replace(mesh, sequence=False)
-    # The dtype is that of parameters which are gathered before use; none is here.
-    parallel = connect_training(mesh, layouts(config, mesh), torch.float32, device, timeout)
+    parallel = connect_training(mesh, layouts(config, mesh), device, timeout)
     return parallel._replace(tokens=Axis(1, "", torch.zeros(1, dtype=torch.int64, device=device)))
 
 

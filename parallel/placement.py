@@ -46,11 +46,10 @@ T = TypeVar("T")
 
 
 class Parallel(NamedTuple):
-    """Where this rank stands in every group, how the parameters lie, and the dtype that they are used in."""
+    """Where this rank stands in every group, and how the parameters lie."""
 
     mesh: Mesh
     layouts: Parameters
-    dtype: torch.dtype
     fsdp: Axis
     replicate: Axis
     cp: Axis
@@ -63,16 +62,13 @@ class Parallel(NamedTuple):
 
 
 class Place(NamedTuple):
-    """A parameter where it is used: in which dtype, along which dim it is gathered, and which ranks hold copies."""
+    """A parameter where it is used: along which dim it is gathered, and which ranks hold copies."""
 
-    dtype: torch.dtype
     dim: int | None
     copies: list[Axis]
 
 
-def connect(
-    mesh: Mesh, layouts: Parameters, dtype: torch.dtype, device: torch.device, timeout: timedelta | None = None
-) -> Parallel:
+def connect(mesh: Mesh, layouts: Parameters, device: torch.device, timeout: timedelta | None = None) -> Parallel:
     """This rank's `Parallel`. Every rank of an initialised torch.distributed calls it once; it makes the groups.
 
     An exchange that takes longer than `timeout` (torch.distributed's own where None) is an error. Raises ValueError
@@ -80,7 +76,7 @@ def connect(
     """
     check_size(mesh, dist.get_world_size())
     axes: dict[str, Any] = {name: _axis(mesh, spanned, device, timeout) for name, spanned in GROUPS.items()}
-    return Parallel(mesh, layouts, dtype, **axes)
+    return Parallel(mesh, layouts, **axes)
 
 
 def _axis(mesh: Mesh, axes: tuple[str, ...], device: torch.device, timeout: timedelta | None) -> Axis:
@@ -112,8 +108,8 @@ def whole(shards: T, layouts: Any, parallel: Parallel | None) -> T:
 
 
 def _used(p: Tensor, where: Layout, parallel: Parallel) -> Tensor:
-    dtype, dim, copies = place(where, parallel)
-    return parameter(p, dtype, parallel.fsdp, dim, copies)
+    dim, copies = place(where, parallel)
+    return parameter(p, parallel.fsdp, dim, copies)
 
 
 def place(where: Layout, parallel: Parallel) -> Place:
@@ -121,7 +117,7 @@ def place(where: Layout, parallel: Parallel) -> Place:
     axes = (parallel.replicate, parallel.ep, parallel.tp)
     dims = (None, where.ep, where.tp)
     copies = [axis for axis, dim in zip(axes, dims, strict=True) if dim is None]
-    return Place(torch.promote_types(where.spec.dtype or parallel.dtype, parallel.dtype), where.fsdp, copies)
+    return Place(where.fsdp, copies)
 
 
 def enter_block(x_BTD: Tensor, parallel: Parallel | None) -> Tensor:

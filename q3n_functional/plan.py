@@ -85,7 +85,7 @@ def plan(config: TrainConfig, card: Card) -> Plan:
     # What was compiled for another mesh serves no more.
     torch._dynamo.reset()
     with _ranks(mesh.size):
-        parallel = placement.connect(mesh, layouts, getattr(torch, config.dtype), torch.device("cpu"))
+        parallel = placement.connect(mesh, layouts, torch.device("cpu"))
         tracker = Tracker(_splits(config))
         with FakeTensorMode(shape_env=ShapeEnv(), allow_fallback_kernels=False) as mode:
             faked = pytree.tree_map_only(Tensor, mode.from_tensor, parallel)

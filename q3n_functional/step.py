@@ -77,7 +77,7 @@ def missing_compiler(device: torch.device) -> str | None:
 def make_loss(config: TrainConfig, shape: Config, parallel: Parallel | None = None) -> Loss:
     """The loss of a micro-batch as a function of `working` parameters, tokens, cu_seqlens and the targets to divide by.
 
-    With `parallel`, of the rank's fp32 shards and rows; they are cast where they are gathered.
+    With `parallel`, of the rank's shards and rows.
     """
 
     def loss(
@@ -107,11 +107,11 @@ def working(masters: Parameters, config: TrainConfig, shape: Config) -> Paramete
     """The parameters a step computes with: leaves that take gradients, in `config.dtype` but for those always fp32.
 
     Copies, made once a step, where that is not the masters' dtype; their gradients are then in it too, half as large.
-    On a mesh the masters' own shards: they are cast where they are gathered.
+    On a mesh they are shards as the masters are, and half as much is exchanged.
     """
-    compute = getattr(torch, config.dtype) if config.mesh.size == 1 else None
+    compute = getattr(torch, config.dtype)
     dtypes = pytree.tree_map(lambda leaf: leaf.dtype or compute, spec(shape))
-    return cast(Parameters, pytree.tree_map(lambda p, d: p.detach().to(d or p.dtype).requires_grad_(), masters, dtypes))
+    return cast(Parameters, pytree.tree_map(lambda p, d: p.detach().to(d).requires_grad_(), masters, dtypes))
 
 
 def _documents(tokens_BT: Tensor, cu_seqlens: Tensor | None) -> packing.Documents | None:

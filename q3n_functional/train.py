@@ -97,7 +97,7 @@ def _prepared(config: TrainConfig, device: torch.device, where: World) -> tuple[
     parallel = storage = None
     if where.size > 1:
         places, timeout = rules.layouts(model.config, config.mesh), timedelta(seconds=config.timeout)
-        parallel = placement.connect(config.mesh, places, getattr(torch, config.dtype), device, timeout)
+        parallel = placement.connect(config.mesh, places, device, timeout)
         storage = distributed_checkpoint.storage(rules.named_layouts(model.config, config.mesh), config.mesh, timeout)
     state = launch.together(lambda: prepare.start(config, newest, model, storage))
     return Job(config, text, device, parallel, where), state, storage

@@ -105,7 +105,7 @@ def strays(
 ) -> Iterator[tuple[float, str]]:  # fmt: skip
     """How far this rank's results are from fp32, over what one card's bf16 results are; at least half a percent."""
     where, at = rules.layouts(config, layout), layout.coordinates(dist.get_rank())
-    parallel = placement.connect(layout, where, torch.bfloat16, device)
+    parallel = placement.connect(layout, where, device)
     own = rows_of(whole, layout.rows, at["rows"])
     actual = results(config, trainable(rules.shard(tree, where, at)), own, mode, parallel)
     for name, place in {"loss": None, **named_leaves(where)}.items():

@@ -55,7 +55,7 @@ class Collectives(TorchDispatchMode):
 def lines(text: str) -> list[str]:
     layout = replace(mesh.parse(text.split()[0]), sequence="without" not in text)
     places, at = rules.layouts(CONFIG, layout), layout.coordinates(dist.get_rank())
-    parallel = placement.connect(layout, places, torch.float64, torch.device("cpu"))
+    parallel = placement.connect(layout, places, torch.device("cpu"))
     axes = {getattr(parallel, name).group: name for name in placement.GROUPS if getattr(parallel, name).size > 1}
     tree = trainable(rules.shard(perturbed(CONFIG, dtype=torch.float64), places, at))
     leaves, groups = params.named_leaves(tree), optim.groups(CONFIG, OPTIMIZER)

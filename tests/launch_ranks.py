@@ -54,7 +54,7 @@ def compiled(rank: int) -> None:
 def exchange(rank: int) -> None:
     """Experts of two ranks, compiled for numbers of slots that are data, give what they give eagerly."""
     layout, config = mesh.parse("ep=2"), small()
-    parallel = placement.connect(layout, rules.layouts(config, layout), torch.float64, torch.device("cpu"))
+    parallel = placement.connect(layout, rules.layouts(config, layout), torch.device("cpu"))
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(rank), dtype=torch.float64, requires_grad=True)
     p, x, weights = SwiGLU(draw(4, 6, 8), draw(4, 6, 8), draw(4, 8, 6)), draw(12, 8), draw(12, 2)
 

@@ -131,7 +131,7 @@ def errors(case: Case) -> dict[str, float]:
     layout = replace(mesh.parse(case.mesh), sequence=case.sequence)
     mesh.check_batch(layout, config, ROWS, LENGTH)
     where, at = rules.layouts(config, layout), layout.coordinates(dist.get_rank())
-    parallel = placement.connect(layout, where, torch.float64, torch.device("cpu"))
+    parallel = placement.connect(layout, where, torch.device("cpu"))
     own = rows_of(batch(config, case.packed), layout.rows, at["rows"])
     actual = trained(config, trainable(rules.shard(tree, where, at)), own, case, parallel)
     numbers = zip(on_one.numbers, actual.numbers, strict=True)

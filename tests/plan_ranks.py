@@ -40,7 +40,7 @@ def measured(config: TrainConfig) -> tuple[dict[str, int], float]:
     """Collectives of a real step by name, and its peak of memory in bytes."""
     layout = config.mesh
     where = rules.layouts(config.model, layout)
-    parallel = placement.connect(layout, where, torch.float32, torch.device("cpu"))
+    parallel = placement.connect(layout, where, torch.device("cpu"))
     shards = rules.init(config.model, 0, layout, dist.get_rank())
     tokens = torch.randint(config.model.vocab_size, (ROWS // layout.rows, LENGTH))
     tracker, counted = Tracker(), CommDebugMode()

@@ -107,7 +107,7 @@ def copies(graph):
 def log(monkeypatch):
     """Notes gathers that are sent (G) and waited for (g), and scattered sums of gradients (S)."""
     found, flight = Log(), ahead._Flight
-    send_for, arrived, scatter = flight.send_for, flight.arrived, ahead._scatter
+    send_for, arrived, send = flight.send_for, flight.arrived, ahead._send
 
     def noted_send_for(self, number):
         before = number in self.coming
@@ -124,13 +124,13 @@ def log(monkeypatch):
         found.events.append(f"g{number}")
         return arrived(self, number)
 
-    def noted_scatter(*arguments):
+    def noted_send(*arguments):
         found.events.append("S")
-        return scatter(*arguments)
+        return send(*arguments)
 
     monkeypatch.setattr(flight, "send_for", noted_send_for)
     monkeypatch.setattr(flight, "arrived", noted_arrived)
-    monkeypatch.setattr(ahead, "_scatter", noted_scatter)
+    monkeypatch.setattr(ahead, "_send", noted_send)
     return found
 
 
@@ -139,7 +139,7 @@ def step_of(log, recompute):
     config = small(num_hidden_layers=2, layer_types=("linear_attention", "full_attention"))
     layout = mesh.parse("dp=2")
     places = rules.layouts(config, layout)
-    parallel = placement.connect(layout, places, torch.float32, torch.device("cpu"))
+    parallel = placement.connect(layout, places, torch.device("cpu"))
     tree = trainable(rules.shard(perturbed(config), places, layout.coordinates(0)))
     loss = compiled.compiled(model.loss, "layers", ahead=True, backend=log.backend())
     loss = partial(loss, tree, torch.randint(64, (2, 32)), parallel=parallel, config=config, recompute=recompute)

@@ -81,7 +81,7 @@ def graphs(policy):
     config = small(num_hidden_layers=1, layer_types=("full_attention",), num_nextn_predict_layers=0)
     layout = mesh.parse("dp=2")
     places = rules.layouts(config, layout)
-    parallel = placement.connect(layout, places, torch.float32, torch.device("cpu"))
+    parallel = placement.connect(layout, places, torch.device("cpu"))
     tree = trainable(rules.shard(perturbed(config), places, layout.coordinates(0)))
     tokens = torch.randint(64, (1, 32))
     shared = on_ranks(context(tokens, None, None, config), tokens, parallel, config=config)
@@ -151,7 +151,7 @@ def orders():
     )  # fmt: skip
     layout = mesh.parse("dp=2")
     places = rules.layouts(config, layout)
-    parallel = placement.connect(layout, places, torch.float32, torch.device("cpu"))
+    parallel = placement.connect(layout, places, torch.device("cpu"))
     tree = trainable(rules.shard(perturbed(config), places, layout.coordinates(0)))
     found = []
 

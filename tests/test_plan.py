@@ -135,14 +135,21 @@ def test_operations_are_those_of_model_flops():
     assert once / 2 < sum(kernel.flops for kernel in shared.kernels) < 0.6 * once
 
 
+def bytes_of(config):
+    """Of a rank's fp32 masters, and of the copies that a step computes with."""
+    places = named_layouts(config.model, config.mesh).values()
+    masters = sum(where.num_bytes(torch.float32) for where in places)
+    return masters, sum(where.num_bytes(torch.bfloat16) for where in places if where.spec.dtype is None)
+
+
 def test_parameters_are_what_inspect_says():
     config = settings("dp=2,ep=2", dtype="bfloat16")
     budget = plan(config, H100).budget
-    places = named_layouts(config.model, config.mesh)
-    assert budget["parameters"] == sum(where.num_bytes(torch.float32) for where in places.values())
-    assert budget["optimizer"] == 2 * budget["parameters"] + 4
+    masters, copies = bytes_of(config)
+    assert budget["parameters"] == masters + copies
+    assert budget["optimizer"] == 2 * masters + 4
     halved = replace(config, optimizer=replace(config.optimizer, state_dtype="bfloat16"))
-    assert plan(halved, H100).budget["optimizer"] == budget["parameters"] + 4
+    assert plan(halved, H100).budget["optimizer"] == masters + 4
 
 
 def kernel(**changes):
@@ -203,9 +210,8 @@ def test_a_mesh_of_512_holds_the_large_model():
     mesh = parse("dp=32,ep=8,tp=2")
     config = settings("", "full", dtype="bfloat16", mesh=mesh, batch_size=512, seq_len=4096, model=LARGE)
     planned = plan(config, H100)
-    places = named_layouts(LARGE, mesh)
     assert planned.fits
-    assert planned.budget["parameters"] == sum(where.num_bytes(torch.float32) for where in places.values())
+    assert planned.budget["parameters"] == sum(bytes_of(config))
     assert not planned.peak < plan_search.kept(config, mesh)
 
 

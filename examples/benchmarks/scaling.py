@@ -37,7 +37,6 @@ from q3n_functional import compiled, cuda_graph, model, optim, params
 from q3n_functional import plan as planner
 from q3n_functional.config import PRESETS, Config
 from q3n_functional.parallel import launch, mesh, placement, rules
-from q3n_functional.parallel.placement import Parallel
 from q3n_functional.plan_cards import CARDS
 from q3n_functional.recompute import Recompute
 from q3n_functional.train_config import DataConfig, TrainConfig
@@ -104,7 +103,7 @@ def stepper(
     """A whole step of this rank."""
     dtype, parallel = torch.float32 if tiny else torch.bfloat16, None
     if layout.size > 1:
-        parallel = placement.connect(layout, rules.layouts(config, layout), dtype, device, timedelta(seconds=600))
+        parallel = placement.connect(layout, rules.layouts(config, layout), device, timedelta(seconds=600))
     masters = shards(config, layout, device)
     views, groups = params.named_leaves(masters), optim.groups(config, ADAMW)
     state = optim.init(views, groups, torch.bfloat16)
@@ -119,7 +118,7 @@ def stepper(
     lr = torch.tensor(1e-4, device=device)
 
     def step(tokens: torch.Tensor) -> torch.Tensor:
-        tree = working(masters, dtype, parallel)
+        tree = working(masters, dtype)
         value, _ = loss(tree, tokens)
         leaves = params.named_leaves(tree)
         gradients = dict(zip(leaves, torch.autograd.grad(value, list(leaves.values())), strict=True))
@@ -129,10 +128,10 @@ def stepper(
     return functools.partial(cuda_graph.CapturedStep(step) if graph else step, tokens)
 
 
-def working(masters: params.Parameters, dtype: torch.dtype, parallel: Parallel | None) -> params.Parameters:
-    """What a step computes with: one card casts its parameters, ranks cast their shards where they gather them."""
-    to = (lambda p: p) if parallel else (lambda p: p.to(dtype) if p.ndim > 1 else p)
-    return cast(params.Parameters, pytree.tree_map(lambda p: to(p.detach()).requires_grad_(), masters))
+def working(masters: params.Parameters, dtype: torch.dtype) -> params.Parameters:
+    """What a step computes with."""
+    to = lambda p: p.detach().to(dtype if p.ndim > 1 else p.dtype).requires_grad_()  # noqa: E731
+    return cast(params.Parameters, pytree.tree_map(to, masters))
 
 
 def measure(name: str, implementation: str, tiny: bool) -> dict[str, float]:

@@ -43,7 +43,7 @@ from q3n_functional.ops.chunks import STATES_BYTES, num_chunks, saved_shapes
 from q3n_functional.ops.kernels import gated_delta_rule_hopper as hopper
 from q3n_functional.ops.kernels.gated_delta_rule_hopper_chunks import launch_chunks
 from q3n_functional.ops.kernels.gated_delta_rule_hopper_gradient import launch_gradients
-from q3n_functional.ops.kernels.gated_delta_rule_pieces import cut, fold, last_piece, walks
+from q3n_functional.ops.kernels.gated_delta_rule_pieces import cut, fold, last_walk, walks
 from q3n_functional.ops.kernels.launch import Launcher, kind, where
 from q3n_functional.ops.registration import UnsupportedError
 
@@ -1003,7 +1003,10 @@ def _gradient_scans(
     d_final: Tensor | None, d_initial: Tensor, U: Tensor, h: Tensor, z: Tensor, dh: Tensor, scaled: bool,
     forgets: bool, lead_in: Callable[[], None] | None,
 ) -> None:  # fmt: skip
-    """Write U, h, z, dh and, where it is not empty, d_initial. `lead_in` writes `initial`."""
+    """Write U, h, z, dh and, where it is not empty, d_initial.
+
+    `lead_in` is called for the scan that makes h: it may write `initial`. The other scan takes longer by more.
+    """
     # Neither scan needs the other. Where both fit on the card they run side by side, in wide slices.
     wide = Config(BV=64, warps=4, stages=3, tma=True)
     fits = p.q.element_size() == 2 and p.constants["BK"] <= 128 and 0 < 2 * _tiles(p, wide) <= NUM_SMS
@@ -1103,8 +1106,12 @@ def backward(
     d_gate = torch.empty(2, v.shape[2], p.num_chunks if A_log is not None else 0, dtype=torch.float32, device=q.device)
     whole = Part(p, grad, gates, Y, initial, d_final, d_initial, dq, dk, dv, dg, dbeta, d_gate, None)
     in_parts = fast and _forgets(qk_l2norm, beta_scale) and _has_large_states(p)
+    finish: Callable[[], None] | None = None
     for part in _parts(whole, scale) if in_parts else (whole,):
-        _backward_of_part(part, P, A_log, dt_bias, scale, qk_l2norm, beta_scale)
+        part = part if finish is None else part._replace(lead_in=finish)
+        finish = _backward_of_part(part, P, A_log, dt_bias, scale, qk_l2norm, beta_scale)
+    if finish is not None:
+        finish()
     dA_log, ddt_bias = (q.new_empty(0), q.new_empty(0)) if A_log is None else d_gate.sum(-1).unbind()
     if A_log is not None and dt_bias is not None:
         dA_log, ddt_bias = dA_log.to(A_log.dtype), ddt_bias.to(dt_bias.dtype)
@@ -1127,7 +1134,7 @@ class Part(NamedTuple):
     dg: Tensor
     dbeta: Tensor
     d_gate: Tensor  # each chunk's share of the gradients of A_log and dt_bias, [2, HV, chunks]
-    lead_in: Callable[[], None] | None  # the walk that writes `initial`, if that is yet to be done
+    lead_in: Callable[[], None] | None  # of `_gradient_scans`
 
 
 def _part(
@@ -1175,8 +1182,7 @@ def _parts(whole: Part, scale: float) -> tuple[Part, ...]:
     )
     before = _part(whole, 0, 1, 0, chunks // 2, initial, d_middle, d_initial)
     behind = _part(whole, 0, 1, chunks // 2, chunks, middle, d_final, d_middle)
-    last = last_piece(walks(before.problem, chunks // 2, whole.gates))
-    # The walk to the middle is shorter than what the reverse scan takes longer than the other one.
+    last = last_walk(before.problem, chunks // 2, whole.gates)
     walk = functools.partial(hopper.launch_scan, last, before.gates, before.Y, scale, initial, middle, whole.dv, None)
     return behind._replace(lead_in=walk), before
 
@@ -1184,8 +1190,8 @@ def _parts(whole: Part, scale: float) -> tuple[Part, ...]:
 def _backward_of_part(
     part: Part, P: Tensor | None, A_log: Tensor | None, dt_bias: Tensor | None, scale: float, qk_l2norm: bool,
     beta_scale: float,
-) -> None:  # fmt: skip
-    """Write the part's gradients."""
+) -> Callable[[], None] | None:  # fmt: skip
+    """Write the part's gradients; those of the gates when what is returned is called."""
     p, grad, gates, Y, initial, d_final, d_initial, dq, dk, dv, dg, dbeta, d_gate, lead_in = part
     c, fast, scaled = p.constants, P is None, P is None and beta_scale != 0
     # Z holds dV where it is scaled; a beta given as such may be zero, and dbeta needs Z.
@@ -1197,7 +1203,7 @@ def _backward_of_part(
     slices = [_cdiv(c["V"], config.BV) for config in configs]
     sums = torch.empty(p.num_chunks, c["HV"], max(slices), 3, c["C"], dtype=torch.float32, device=dv.device)
     if p.num_chunks == 0:
-        return
+        return None
     if fast:
         launch_gradients(p, grad, U, dv, h, dh, gates, dq, dk, dv, sums, scale, qk_l2norm, scaled)
     partial_chunks = p.cu is not None or p.length % c["C"] > 0
@@ -1210,7 +1216,8 @@ def _backward_of_part(
         )  # fmt: skip
     strides = *p.g.stride(), *p.beta.stride()
     given = p.g, p.beta, A_log, dt_bias
-    _gate_gradients(
+    return functools.partial(
+        _gate_gradients,
         p.num_chunks * c["HV"], (where(dv), *map(kind, (*given, dg, dbeta, d_gate)), strides),
         (*given, p.table, sums, dg, dbeta, d_gate, p.length, d_gate.stride(1), beta_scale, *strides),
         (c["HV"], *slices, c["C"], p.cu is not None, A_log is not None, beta_scale != 0, scaled), num_warps=1,

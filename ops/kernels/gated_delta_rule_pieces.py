@@ -85,15 +85,15 @@ def _chunks_to_floor(decays, step, limit, FLOOR: tl.constexpr, BLOCK: tl.constex
     return count, total < FLOOR
 
 
-@triton.jit(do_not_specialize=["num_sequences"])
+@triton.jit(do_not_specialize=["num_sequences", "begin"])
 def _walks_kernel(
-    gates, piece_cu, piece_chunk, first_piece, walks, num_sequences,
+    gates, piece_cu, piece_chunk, first_piece, walks, num_sequences, begin,
     HV: tl.constexpr, C: tl.constexpr, FLOOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of each piece and head, forward and in reverse: the tokens that its walk takes before its own, the sequence whose
-    given state it begins with, and that whose last state it leaves (-1: none)."""
+    """Of each piece from `begin` on and head, forward and in reverse: the tokens that its walk takes before its own,
+    the sequence whose given state it begins with, and that whose last state it leaves (-1: none)."""
     pid = tl.program_id(0)
-    piece = pid // HV
+    piece = begin + pid // HV
     i = tl.arange(0, BLOCK)
     n = 0
     for m in range(0, num_sequences, BLOCK):
@@ -181,24 +181,29 @@ def cut(p: Problem, pieces: int) -> tuple[Problem, Tensor]:
 def walks(p: Problem, pieces: int, gates: Tensor) -> Problem:
     """As `cut`, with the walks of pieces and heads; for unit keys and beta to 2 alone."""
     cut_, first_piece = cut(p, pieces)
+    return cut_._replace(walks=_table(p, cut_, first_piece, gates, 0, cut_.num_sequences))
+
+
+def last_walk(p: Problem, pieces: int, gates: Tensor) -> Problem:
+    """The last piece of one sequence that is cut into pieces of one size, with its walk; as `walks`."""
+    cut_, first_piece = cut(p, pieces)
     assert cut_.cu is not None
+    at = cut_.num_sequences - 2  # one more, an empty one, is at the end
+    table = _table(p, cut_, first_piece, gates, at, 1)
+    return cut_._replace(
+        num_sequences=1, cu=cut_.cu[at : at + 2], first_chunk=cut_.first_chunk[at : at + 1], walks=table
+    )
+
+
+def _table(p: Problem, cut_: Problem, first_piece: Tensor, gates: Tensor, begin: int, num: int) -> Tensor:
     heads = p.constants["HV"]
-    table = torch.empty(cut_.num_sequences, heads, 6, dtype=torch.int32, device=gates.device)
+    table = torch.empty(num, heads, 6, dtype=torch.int32, device=gates.device)
     _walks(
-        cut_.num_sequences * heads, (where(table),),
-        (gates, cut_.cu, cut_.first_chunk, first_piece, table, p.num_sequences),
+        num * heads, (where(table),),
+        (gates, cut_.cu, cut_.first_chunk, first_piece, table, p.num_sequences, begin),
         (heads, p.constants["C"], FLOOR, 128), num_warps=1,
     )  # fmt: skip
-    return cut_._replace(walks=table)
-
-
-def last_piece(p: Problem) -> Problem:
-    """Of one sequence in pieces of equal size, of which there is one more, an empty one, at the end."""
-    assert p.cu is not None
-    assert p.walks is not None
-    at = slice(p.num_sequences - 2, p.num_sequences)
-    last = slice(at.start, at.start + 1)
-    return p._replace(num_sequences=1, cu=p.cu[at], first_chunk=p.first_chunk[last], walks=p.walks[last])
+    return table
 
 
 def fold(p: Problem, first_piece: Tensor, H: Tensor, M: Tensor, first: Tensor | None, last: Tensor) -> Tensor:
