@@ -46,10 +46,15 @@ FP32_PRODUCT = 0.8
 """Of fp32 in products on the vector units (not measured here)."""
 COPY = 0.9
 """Of the memory's bandwidth in a copy: 0.90 measured on an H100 (examples/benchmarks/NOTES.md, decoding)."""
+FUSED = 0.75
+"""The same in what a compiler fuses and in the update: 0.78 in AdamW, less in reductions (the profiles in NOTES.md)."""
 LINK = 0.73
 """Of NVLink and network in NCCL's rings: an all-reduce of 1 GiB between two H100 ran at 329 GB/s (no script here)."""
 LAUNCH = 3e-6
 """Seconds that the shortest kernel takes with its launch (not measured here)."""
+EXCHANGE = 20e-6
+"""Seconds that an exchange takes beside its bytes and rounds. Between two H100 17 MB one way took 92 to 97 us, of which
+51 by `LINK` (the profile of tp=2 in NOTES.md)."""
 NVLINK_ROUND, NETWORK_ROUND = 4e-6, 12e-6
 """Seconds of one of the log2(ranks) rounds that the first byte takes, in a host and between hosts (not measured)."""
 OPERATORS = {

@@ -22,7 +22,9 @@ from q3n_functional.ops.linear_cross_entropy import CHUNK_BYTES
 from q3n_functional.parallel.mesh import AXES, Mesh
 from q3n_functional.plan_cards import (
     COPY,
+    EXCHANGE,
     FP32_PRODUCT,
+    FUSED,
     LAUNCH,
     LINK,
     NETWORK_ROUND,
@@ -221,10 +223,11 @@ def sent(kernel: Kernel, group: Link) -> float:
 def time(kernel: Kernel, card: Card, group: Link | None) -> tuple[float, str]:
     """Seconds, and what they are spent on: the longest of arithmetic, memory traffic, launch; or the link it takes."""
     if group is not None:
-        return _exchange(kernel, card, group), group.name
+        return EXCHANGE + _exchange(kernel, card, group), group.name
     share = OPERATORS.get(kernel.name, PRODUCT)
     rate = card.fp32_flops * FP32_PRODUCT if kernel.wide and not kernel.ours else card.flops * share
-    limits = {"arithmetic": kernel.flops / rate, "memory": kernel.bytes / (card.bandwidth * COPY), "launch": LAUNCH}
+    reached = COPY if kernel.ours or kernel.flops else FUSED
+    limits = {"arithmetic": kernel.flops / rate, "memory": kernel.bytes / (card.bandwidth * reached), "launch": LAUNCH}
     longest = max(limits, key=limits.__getitem__)
     return limits[longest], longest
 

@@ -133,10 +133,10 @@ def main() -> None:
         for mode, name in cases:
             layout = replace(mesh.parse(name.split()[0]), sequence="without" not in name)
             whole, exact, narrow = wanted["in whole rows" in name]
-            worst = max(strays(config, exact, narrow, layout, device, tree, whole, cast(Mode, mode)))
+            worst = max(strays(config, exact, narrow, layout, device, copies, whole, cast(Mode, mode)))
             everyone: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(everyone, worst)
-            failed |= not max(everyone)[0] < 2
+            failed |= not 0.1 < max(everyone)[0] < 2  # nothing in bf16 is nearer
             if launch.world().lead:
                 told = f"{max(everyone)[0]:.2f} of one card's distance ({max(everyone)[1]})"
                 print(f"{name:24}{mode:8}{told}", flush=True)

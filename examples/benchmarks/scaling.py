@@ -5,7 +5,7 @@
 
 Prints a table and writes results/scaling.json. Computed in bf16 over fp32 parameters, AdamW with moments in bf16,
 random tokens, vocabulary 151,936, no prediction module, every kind of layer compiled once. --cards 2: three linear
-layers and one of full attention, 128 experts. With dp, cards also send for parameters one layer ahead (`ahead`, the
+layers and one of full attention, 128 experts. With dp and ep, cards also exchange one layer ahead (`ahead`, the
 `--overlap` of training), and steps that wait for the host are CUDA graphs too (`graph`, with dp ahead). Cases: fsdp 2
 and ep 2, twice the rows on twice the cards; tp 2 with sequence parallelism and cp 2 on a row of 128k tokens (layers
 recomputed), the same batch on twice the cards. --cards 8: twelve layers, 64 experts where one card has to hold them,
@@ -144,7 +144,7 @@ def measure(name: str, implementation: str, tiny: bool) -> dict[str, float]:
     mesh.check_batch(layout, config, case.rows, case.length)
     device = launch.own_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"), where)
     with launch.joined(where, device):
-        ahead = layout.dp > 1 and implementation in (AHEAD, GRAPH)
+        ahead = implementation == AHEAD or (implementation == GRAPH and layout.dp > 1)
         own = timed(stepper(case, config, layout, device, tiny, ahead, graph), tiny)
         everyone: list[Any] = [own] * where.size
         if where.size > 1:
@@ -200,7 +200,7 @@ def expected(case: Case, tiny: bool) -> dict[str, float]:
 def kinds(case: Case, tiny: bool) -> list[str]:
     """What is measured of a case: the exchange of experts waits for the host, long steps of a row do not."""
     layout = mesh.parse(case.layout)
-    ahead = [AHEAD] if layout.dp > 1 else []
+    ahead = [AHEAD] if layout.dp > 1 or layout.ep > 1 else []
     graphs = not tiny and layout.ep == layout.cp == 1
     return [ONE] * bool(case.rows_of_one) + [ALL, *ahead] + ([ONE_GRAPH, GRAPH] if graphs else [])
 
