@@ -46,7 +46,7 @@ FP32_PRODUCT = 0.8
 """Of fp32 in products on the vector units (not measured here)."""
 COPY = 0.9
 """Of the memory's bandwidth in a copy: 0.90 measured on an H100 (examples/benchmarks/NOTES.md, decoding)."""
-FUSED = 0.75
+POINTWISE = 0.75
 """The same in what a compiler fuses and in the update: 0.78 in AdamW, less in reductions (the profiles in NOTES.md)."""
 LINK = 0.73
 """Of NVLink and network in NCCL's rings: an all-reduce of 1 GiB between two H100 ran at 329 GB/s (no script here)."""

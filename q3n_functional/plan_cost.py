@@ -24,12 +24,12 @@ from q3n_functional.plan_cards import (
     COPY,
     EXCHANGE,
     FP32_PRODUCT,
-    FUSED,
     LAUNCH,
     LINK,
     NETWORK_ROUND,
     NVLINK_ROUND,
     OPERATORS,
+    POINTWISE,
     PRODUCT,
     Card,
 )
@@ -226,7 +226,7 @@ def time(kernel: Kernel, card: Card, group: Link | None) -> tuple[float, str]:
         return EXCHANGE + _exchange(kernel, card, group), group.name
     share = OPERATORS.get(kernel.name, PRODUCT)
     rate = card.fp32_flops * FP32_PRODUCT if kernel.wide and not kernel.ours else card.flops * share
-    reached = COPY if kernel.ours or kernel.flops else FUSED
+    reached = COPY if kernel.ours or kernel.flops else POINTWISE
     limits = {"arithmetic": kernel.flops / rate, "memory": kernel.bytes / (card.bandwidth * reached), "launch": LAUNCH}
     longest = max(limits, key=limits.__getitem__)
     return limits[longest], longest

@@ -17,7 +17,17 @@ from q3n_functional.ops import gated_delta_rule, grouped_swiglu
 from q3n_functional.parallel.mesh import Mesh, parse
 from q3n_functional.parallel.rules import named_layouts
 from q3n_functional.plan import BACKEND, plan, run
-from q3n_functional.plan_cards import CARDS, COPY, LAUNCH, LINK, NETWORK_ROUND, NVLINK_ROUND, PRODUCT
+from q3n_functional.plan_cards import (
+    CARDS,
+    COPY,
+    EXCHANGE,
+    LAUNCH,
+    LINK,
+    NETWORK_ROUND,
+    NVLINK_ROUND,
+    POINTWISE,
+    PRODUCT,
+)
 from q3n_functional.plan_cost import Link, link, time
 from q3n_functional.plan_trace import FUSED, Kernel, Tracker, kernels, memory
 from tests import plan_ranks
@@ -161,6 +171,8 @@ def kernel(**changes):
 def test_time_of_a_kernel():
     assert time(kernel(flops=1e15), H100, None) == (1e15 / (989e12 * PRODUCT), "arithmetic")
     assert time(kernel(flops=1e12, bytes=10**12), H100, None) == (1e12 / (3.35e12 * COPY), "memory")
+    assert time(kernel(bytes=10**12), H100, None) == (1e12 / (3.35e12 * POINTWISE), "memory")
+    assert time(kernel(bytes=10**12, ours=True), H100, None) == (1e12 / (3.35e12 * COPY), "memory")
     assert time(kernel(bytes=1), H100, None) == (LAUNCH, "launch")
     wide, narrow = (time(kernel(flops=1e12, wide=wide), H100, None)[0] for wide in (True, False))
     assert wide > 10 * narrow
@@ -178,7 +190,7 @@ def test_time_of_a_collective():
     }
 
     def took(name, axis):
-        return time(kernel(name=name, size=10**9), H100, links[axis])[0]
+        return time(kernel(name=name, size=10**9), H100, links[axis])[0] - EXCHANGE
 
     assert took("all_gather_into_tensor", "tp") == pytest.approx(2 * NVLINK_ROUND + 0.75e9 / (450e9 * LINK))
     assert took("all_gather_into_tensor", "fsdp") == pytest.approx(3 * NETWORK_ROUND + 0.875e9 / (50e9 * LINK))
