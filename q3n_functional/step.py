@@ -107,7 +107,7 @@ def working(masters: Parameters, config: TrainConfig, shape: Config) -> Paramete
     """The parameters a step computes with: leaves that take gradients, in `config.dtype` but for those always fp32.
 
     Copies, made once a step, where that is not the masters' dtype; their gradients are then in it too, half as large.
-    On a mesh they are shards as the masters are, and half as much is exchanged.
+    On a mesh they are shards as the masters are.
     """
     compute = getattr(torch, config.dtype)
     dtypes = pytree.tree_map(lambda leaf: leaf.dtype or compute, spec(shape))
