@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from torch import library
 
 from q3n_functional.ops.chunks import saved_shapes
 
@@ -297,13 +298,13 @@ class TestKernels:
             (torch.ops.q3n.gated_delta_rule.default, (*leaves, *scalars)),
             (torch.ops.q3n.recurrent_gated_delta_rule.default, (*leaves, *scalars[:3])),
         ):
-            torch.library.opcheck(op, (*arguments, "triton"))
+            library.opcheck(op, (*arguments, "triton"))
             found, wanted = (self.gradients(op, leaves, (*arguments, impl)) for impl in ("triton", "reference"))
             for x, y in zip(found, wanted, strict=True):
                 assert (x - y).norm() <= 1e-4 * y.norm()
         if options != "documents":
             op = torch.ops.q3n.recurrent_gated_delta_rule_every_state.default
-            torch.library.opcheck(op, (*tensors[:8], *scalars[:3], "triton"))
+            library.opcheck(op, (*tensors[:8], *scalars[:3], "triton"))
 
     @staticmethod
     def gradients(op, leaves, arguments):

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from torch import library
 
 from q3n_functional.ops import grouped_swiglu
 from q3n_functional.ops.grouped_swiglu import _backward as reference_backward
@@ -235,9 +236,9 @@ def test_the_op():
     ops = torch.ops.q3n
     dy, x, experts, weights, *matrices = build(tokens=5, experts=3, per_token=2, width=16, inner=16, dtype=FAST)
     leaves = [t.clone().requires_grad_() for t in (x, weights, *matrices)]
-    torch.library.opcheck(ops.grouped_swiglu.default, (leaves[0], experts, *leaves[1:], "triton"))
+    library.opcheck(ops.grouped_swiglu.default, (leaves[0], experts, *leaves[1:], "triton"))
     _, *saved = ops.grouped_swiglu(x, experts, weights, *matrices, "triton")
-    torch.library.opcheck(ops.grouped_swiglu_backward.default, (dy, x, weights, *saved, *matrices, "triton"))
+    library.opcheck(ops.grouped_swiglu_backward.default, (dy, x, weights, *saved, *matrices, "triton"))
 
 
 def test_compiles_once_for_all_lengths():

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from torch import library
 
 from q3n_functional.ops import top_experts
 from q3n_functional.ops.top_experts import _backward as reference_backward
@@ -94,9 +95,9 @@ def test_matches_the_reference(options):
 
 def test_the_op():
     dweights, probabilities, num = build()
-    torch.library.opcheck(torch.ops.q3n.top_experts.default, (probabilities.clone().requires_grad_(), num, "triton"))
+    library.opcheck(torch.ops.q3n.top_experts.default, (probabilities.clone().requires_grad_(), num, "triton"))
     experts = top_experts(probabilities, num, "triton")[1]
-    torch.library.opcheck(torch.ops.q3n.top_experts_backward.default, (dweights, experts, probabilities, "triton"))
+    library.opcheck(torch.ops.q3n.top_experts_backward.default, (dweights, experts, probabilities, "triton"))
 
 
 def test_errors():

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from expecttest import assert_expected_inline
+from torch import library
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -211,7 +212,7 @@ def equal(actual, expected):
     torch.testing.assert_close(tuple(actual), tuple(expected), rtol=0, atol=0)
 
 
-# What the compiler and torch.library see.
+# What the compiler and torch's registration see.
 
 
 class Recorder(TorchDispatchMode):
@@ -293,7 +294,7 @@ def test_opcheck(make):
     for op, args in recorded(make, torch.bfloat16).items():
         if not op._schema.name.endswith("_backward"):
             args = [a.clone().requires_grad_() if _floating(a) else a for a in args]
-        torch.library.opcheck(op, tuple(args))
+        library.opcheck(op, tuple(args))
 
 
 @pytest.fixture
@@ -555,7 +556,7 @@ def test_recurrent_with_every_state(compiled_once):
     with Recorder() as recorder:
         delta_case(6, torch.bfloat16, op=op).call(*delta_case(6, torch.bfloat16, op=op).inputs, where=None)
     ((op, args),) = recorder.calls
-    torch.library.opcheck(op, args)
+    library.opcheck(op, args)
     for which in (range(6), range(8)):
         inputs, in_dims = batches(cases[0], which)
         call = functools.partial(cases[0].call, where=None)

@@ -1,7 +1,6 @@
 """A training step of Qwen3-Next at its real widths on two or eight cards of one host, beside one card and the planner.
 
-    python examples/benchmarks/scaling.py [--commit HASH] [--out FOLDER] [--cards 2] [--cases 0 2] [--kinds KIND ...]
-                                          [--plan] [--tiny]
+    python examples/benchmarks/scaling.py [--commit HASH] [--out FOLDER] [--cards 2] [--cases 0 2] [--plan] [--tiny]
 
 Prints a table and writes results/scaling.json. Computed in bf16 over fp32 parameters, AdamW with moments in bf16,
 random tokens, vocabulary 151,936, no prediction module, every kind of layer compiled once. --cards 2: three linear
@@ -213,8 +212,6 @@ def measured(names: list[str], options: argparse.Namespace) -> None:
         case = CASES[name]
         alike = case._replace(layout="", rows=case.rows_of_one)
         for kind in kinds(case, options.tiny):
-            if options.kinds and kind not in options.kinds:
-                continue
             if kind in (ONE, ONE_GRAPH):
                 if (kind, alike) not in of_one:
                     run = functools.partial(launched, name, kind, options.tiny)
@@ -230,7 +227,6 @@ def main() -> None:
     parser = report.parser(__doc__)
     parser.add_argument("--cards", type=int, choices=(2, 8), default=2)
     parser.add_argument("--cases", nargs="+", type=int, help="their numbers, from 0; all of them")
-    parser.add_argument("--kinds", nargs="+", choices=(ONE, ONE_GRAPH, ALL, AHEAD, GRAPH), help="all where left out")
     parser.add_argument("--plan", action="store_true", help="what the planner expects, without cards")
     parser.add_argument("--tiny", action="store_true", help="small sizes, once, to see that it runs")
     parser.add_argument("--measure", nargs=2, metavar=("CASE", "IMPLEMENTATION"), help=argparse.SUPPRESS)

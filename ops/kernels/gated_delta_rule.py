@@ -1021,12 +1021,11 @@ def _gradient_scans(
         p = _in_walks(p, 2, gates)
     main, other = torch.cuda.current_stream(p.q.device), torch.cuda.Stream(p.q.device)
     other.wait_stream(main)
-    # First, as it takes longest and would wait for what fills the card.
-    _launch_reverse_scan(p, wide, grad, gates, Y, P, scale, d_final, d_initial, z, dh, scaled)
     with torch.cuda.stream(other):
         if lead_in is not None:
             lead_in()
         _launch_scan(p, wide, gates, Y, None, scale, initial, None, U, h)
+    _launch_reverse_scan(p, wide, grad, gates, Y, P, scale, d_final, d_initial, z, dh, scaled)
     main.wait_stream(other)
 
 
