@@ -166,7 +166,7 @@ def _loop(
     ) as bar:
         while state.step < config.steps and not number:
             values, number = _step(job, state, move, interrupt)
-            _check_finite(job, state, values)
+            _check_finite(job, state, values, saver)
             state = state._replace(step=state.step + 1)
             if _due(config.output.validate_every, state.step) or state.step == config.steps:
                 values |= _validation(job, state, loss)
@@ -219,12 +219,14 @@ def _own(batch: Batch, job: Job) -> Batch:
     return Batch(own.tokens_BT.to(job.device, non_blocking=True), cu_seqlens)
 
 
-def _check_finite(job: Job, state: TrainState, values: dict[str, float]) -> None:
+def _check_finite(job: Job, state: TrainState, values: dict[str, float], saver: train_state.Saver) -> None:
     bad = [f"{name} is {values[name]}" for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
     if not bad:
         return
     config = job.config
     rows = "\n".join(data.describe(job.text.training, i, config.seed) for i in _indices(config, state.step))
+    # What is being written is the checkpoint to name.
+    saver.wait()
     last = next(iter(train_state.complete(Path(config.run))), "none yet")
     raise FloatingPointError(
         f"{' and '.join(bad)} at step {state.step}; nothing of this step is saved; last good checkpoint: {last}\n"

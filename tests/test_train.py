@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -102,7 +103,10 @@ def test_the_second_signal_stops_at_once(tmp_path):
     assert train_state.complete(tmp_path / "run") == []
 
 
-def test_a_loss_that_is_not_finite_stops_and_names_everything(tmp_path):
+def test_a_loss_that_is_not_finite_stops_and_names_everything(tmp_path, monkeypatch):
+    write = train_state._write
+    # A disk slower than the steps: the checkpoint to name is still being written when the loss is found to be bad.
+    monkeypatch.setattr(train_state, "_write", lambda *given: (time.sleep(1), write(*given)))
     more = ("--optimizer.lr=1e30", "--optimizer.clip-norm=inf", "--output.save-every=1", "--accumulate=2")
     with pytest.raises(FloatingPointError) as error:
         run(tmp_path, *more, "--optimizer.warmup-steps=0")
