@@ -3,7 +3,8 @@
 Parts are the embedding, every layer, and what stands behind the layers. Each takes whole parameters, which come and go
 between them, outside of what is compiled. Forward, the gather of a part is sent while the part before it runs.
 What a part keeps for its gradient are not its whole parameters but how it looked at them: backward gathers them
-again, while the part behind it runs. Its gradients are on their way while the part before it runs, and the last of
+again, while the part behind it runs. Without `reshard_after_forward` (the name is that of PyTorch's FSDP2) parts keep
+them, and nothing is gathered twice. A part's gradients are on their way while the part before it runs, and the last of
 them are waited for when all parts are done. Gradients go to the ranks that keep them as they are, and are summed there,
 in fp32 where they have 16 bits: half of the bytes of an fp32 sum on its way (the idea is of Wang et al. 2023, ZeRO++).
 
@@ -52,10 +53,13 @@ class _View(NamedTuple):
     offset: int
 
 
-def begin(parts: Sequence[Any], layouts: Sequence[Any], parallel: Parallel) -> Use:
-    """What runs the `parts`, trees of shards, one after the other on whole parameters."""
+def begin(parts: Sequence[Any], layouts: Sequence[Any], parallel: Parallel, reshard_after_forward: bool = True) -> Use:
+    """What runs the `parts`, trees of shards, one after the other on whole parameters.
+
+    reshard_after_forward: whether whole parameters go between a part's forward and its backward.
+    """
     flat = [_part(*pair, parallel) for pair in zip(parts, layouts, strict=True)]
-    flight = _Flight(flat, parallel)
+    flight = _Flight(flat, parallel, reshard_after_forward)
     shards = iter(_apply(_Shards, flight, *(shard for tree in parts for shard in pytree.tree_leaves(tree))))
     return partial(_use, flight, [list(islice(shards, len(part.shards))) for part in flat])
 
@@ -79,8 +83,10 @@ def _use(
 class _Flight:
     """Whole parameters that are sent for (`coming`) or here for a part's backward, and gradients that are `going`."""
 
-    def __init__(self, parts: list[_Part], parallel: Parallel) -> None:
+    def __init__(self, parts: list[_Part], parallel: Parallel, reshard_after_forward: bool) -> None:
         self.parts, self.fsdp = parts, parallel.fsdp
+        # The last part keeps what it has: its backward is the next that runs.
+        self.gathered_again = range(len(parts) - 1 if reshard_after_forward else 0)
         self.axes = (parallel.fsdp, parallel.replicate, parallel.ep, parallel.tp)
         self.coming: dict[int, list[Tensor]] = {}
         self.here: dict[int, list[Tensor]] = {}
@@ -110,9 +116,7 @@ class _Flight:
 
     def hooks(self, number: int, whole: Sequence[Tensor]) -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]:
         """What is done to the tensors that the part saves, and to get them back."""
-        # The last part's backward is the next that runs: it keeps what it has.
-        gone = () if number == len(self.parts) - 1 else whole
-        leaves = {_memory(x): i for i, x in enumerate(gone)}
+        leaves = {_memory(x): i for i, x in enumerate(whole if number in self.gathered_again else ())}
 
         def pack(x: Tensor) -> Tensor | _View:
             leaf = leaves.get(_memory(x))
@@ -132,8 +136,8 @@ class _Flight:
             return
         self.here[number] = []
         for part in (number, number - 1):
-            # The last part has what it needs, and the embedding's gradient needs no table.
-            if 0 < part < len(self.parts) - 1:
+            # The embedding's gradient needs no table.
+            if part > 0 and part in self.gathered_again:
                 self.send_for(part)
 
     def again(self, number: int) -> list[Tensor]:

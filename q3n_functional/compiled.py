@@ -46,11 +46,11 @@ def full_dense(*arguments: Any, **options: Any) -> Any:
     return model.layer(*arguments, **options)
 
 
-def stages(any_length: bool = False, ahead: bool = False, **options: Any) -> Stages:
+def stages(any_length: bool = False, ahead: bool = False, reshard_after_forward: bool = True, **options: Any) -> Stages:
     """The parts of `model.loss`, each compiled with `options` of torch.compile, as its `stages`.
 
     A step is then one graph for each kind of layer, forward and backward, and one for what stands behind them. `ahead`
-    is that of `Stages`.
+    and `reshard_after_forward` are those of `Stages`.
     """
     compile_ = functools.partial(torch.compile, fullgraph=True, dynamic=False, **options)
     kinds = {
@@ -74,7 +74,7 @@ def stages(any_length: bool = False, ahead: bool = False, **options: Any) -> Sta
         result: tuple[Tensor, Metrics] = finish(params, x_BTD, *rest, **named)
         return result
 
-    return Stages(layer, finished, ahead)
+    return Stages(layer, finished, ahead, reshard_after_forward)
 
 
 def mark_length(tree: Any, length: int) -> None:
@@ -84,17 +84,22 @@ def mark_length(tree: Any, length: int) -> None:
             torch._dynamo.mark_dynamic(leaf, 1)
 
 
-def compiled(loss: Callable[..., Any], mode: Mode, ahead: bool = False, **options: Any) -> Callable[..., Any]:
+def compiled(
+    loss: Callable[..., Any], mode: Mode, ahead: bool = False, reshard_after_forward: bool = True, **options: Any
+) -> Callable[..., Any]:
     """`loss`, a function that takes `stages` as `model.loss` does, compiled as `mode` says.
 
-    `ahead` is that of `Stages`. Raises ValueError for it in one graph of everything, which has no outside to send from.
+    `ahead` and `reshard_after_forward` are those of `Stages`. Raises ValueError for `ahead` in one graph of everything,
+    which has no outside to send from.
     """
     if mode == "model" and ahead:
         raise ValueError("ahead with mode 'model': what is sent ahead is between graphs, so compile layers")
     if mode == "none":
-        return functools.partial(loss, stages=Stages(ahead=True)) if ahead else loss
+        eager = Stages(ahead=ahead, reshard_after_forward=reshard_after_forward)
+        return functools.partial(loss, stages=eager) if ahead else loss
     if mode == "layers":
-        return functools.partial(loss, stages=stages(ahead=ahead, **options))
+        compiled_ = stages(ahead=ahead, reshard_after_forward=reshard_after_forward, **options)
+        return functools.partial(loss, stages=compiled_)
     whole: Callable[..., Any] = torch.compile(loss, fullgraph=True, dynamic=False, **options)
     return whole
 

@@ -292,6 +292,8 @@ class Stages(NamedTuple):
     finish: Callable[..., tuple[Tensor, Metrics]] = finish
     ahead: bool = False
     """Whether ranks send for what a function reads while the one before it runs: `q3n_functional.parallel.ahead`."""
+    reshard_after_forward: bool = True
+    """Whether a function's whole parameters, with `ahead`, are gathered again in its backward rather than kept."""
 
 
 def loss(
@@ -323,7 +325,7 @@ def loss(
     """
     use: ahead.Use = partial(_used, _parts(params))
     if stages.ahead and parallel is not None:
-        use = ahead.begin(_parts(params), _parts(parallel.layouts), parallel)
+        use = ahead.begin(_parts(params), _parts(parallel.layouts), parallel, stages.reshard_after_forward)
         parallel = parallel._replace(gathered=True)
     shared = context(tokens_BT, documents, None, config)._replace(float8=float8)
     shared = on_ranks(shared, tokens_BT, parallel, config=config)

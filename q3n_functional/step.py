@@ -133,9 +133,9 @@ def functions(
     ahead = config.overlap and config.compile == "layers"
     if reason:
         logger.info("running eagerly: %s", reason)
-        return compiled.compiled(loss, "none", ahead=ahead), update
+        return compiled.compiled(loss, "none", ahead, config.reshard_after_forward), update
     options = {"options": overlap.OPTIONS} if config.overlap and not ahead else {}
-    found: Loss = compiled.compiled(loss, config.compile, ahead=ahead, **options)
+    found: Loss = compiled.compiled(loss, config.compile, ahead, config.reshard_after_forward, **options)
     return found, partial(update, moves=compiled.moves(**options))
 
 

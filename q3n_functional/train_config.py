@@ -101,6 +101,9 @@ class TrainConfig:
     overlap: bool = False
     """Ranks exchange parameters and gradients while they compute: with compile layers those of one layer while the next
     one runs, with model in an order that Inductor makes."""
+    reshard_after_forward: bool = True
+    """Whether, with overlap and compile layers, a layer's whole parameters are gathered again in backward; kept, they
+    take as much memory as the model has in dtype."""
     z_loss_coef: float = 0.0
     timeout: float = 600.0
     """Seconds after which ranks that wait for a silent one end the job; compiling is silent too."""
@@ -111,7 +114,10 @@ class TrainConfig:
     model: Config
 
 
-FREE_ON_RESUME = ("run", "resume", "device", "compile", "cuda_graph", "overlap", "timeout", "output", "mesh")
+FREE_ON_RESUME = (
+    *("run", "resume", "device", "compile", "cuda_graph", "overlap", "reshard_after_forward", "timeout", "output"),
+    "mesh",
+)
 """Keys that a resumed run may change, because the training does not depend on them."""
 
 
@@ -243,6 +249,11 @@ def _check(c: TrainConfig) -> None:
         raise ValueError(
             f"overlap with compile 'model' and torch {torch.__version__}: it needs 2.13, as 2.11 then gives wrong "
             "gradients; set compile layers"
+        )
+    if not (c.reshard_after_forward or (c.overlap and c.compile == "layers")):
+        raise ValueError(
+            f"reshard_after_forward is false with overlap {c.overlap} and compile {c.compile!r}: only layers that are "
+            "sent for ahead can keep their parameters, so leave it out, or set overlap and compile layers"
         )
     check(c.mesh, c.model)
     check_batch(c.mesh, c.model, c.batch_size, c.seq_len)

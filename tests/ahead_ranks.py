@@ -18,12 +18,12 @@ from tests import parallel_ranks
 from tests.parallel_ranks import Case
 
 
-def error(backend: str, case: Case) -> float:
+def error(backend: str, case: Case, reshard: bool = True) -> float:
     """This rank's largest error in three steps, every kind of layer compiled once; eager where no backend is named."""
     parallel_ranks.expected(case)  # on one device, with the loss as it is
     torch._dynamo.reset()
     options: dict[str, Any] = {"backend": backend} if backend else {}
-    loss = compiled.compiled(model.loss, "layers" if backend else "none", ahead=True, **options)
+    loss = compiled.compiled(model.loss, "layers" if backend else "none", True, reshard, **options)
     with patch.object(model, "loss", loss), torch._dynamo.config.patch(error_on_recompile=True):
         return parallel_ranks.error(case)
 
@@ -48,7 +48,7 @@ def narrow(case: Case) -> float:
 def measured(kind: str, case: Case) -> float:
     # So that some gradients of a small model go by themselves, and others together.
     with patch.object(ahead_module, "LARGE", 1000):
-        return narrow(case) if kind == "narrow" else error(kind, case)
+        return narrow(case) if kind == "narrow" else error(kind.removeprefix("kept "), case, "kept" not in kind)
 
 
 if __name__ == "__main__":

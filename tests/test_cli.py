@@ -190,6 +190,7 @@ def test_options_of_train(capsys):
 --float8 default: none
 --cuda-graph default: False
 --overlap default: False
+--reshard-after-forward default: True
 --z-loss-coef default: 0.0
 --timeout default: 600.0
 --data.source required

@@ -27,6 +27,8 @@ TWO = [
     ("", Case("ep=2", SHALLOW)),
     ("aot_eager", Case("dp=2", LINEAR, recompute="selective")),
     ("inductor", Case("dp=2", {**LINEAR, **DENSE, "num_nextn_predict_layers": 0}, packed=False)),
+    ("kept ", Case("dp=2", SHALLOW)),
+    ("kept aot_eager", Case("dp=2", LINEAR, recompute="selective")),
 ]
 FOUR = [("", Case("dp=2,tp=2", SHALLOW)), ("", Case("replicate=2,dp=2", SHALLOW, packed=False))]
 
@@ -134,14 +136,14 @@ def log(monkeypatch):
     return found
 
 
-def step_of(log, recompute):
+def step_of(log, recompute, reshard=True):
     """The loss of one of two fsdp ranks, and its gradients."""
     config = small(num_hidden_layers=2, layer_types=("linear_attention", "full_attention"))
     layout = mesh.parse("dp=2")
     places = rules.layouts(config, layout)
     parallel = placement.connect(layout, places, torch.device("cpu"))
     tree = trainable(rules.shard(perturbed(config), places, layout.coordinates(0)))
-    loss = compiled.compiled(model.loss, "layers", ahead=True, backend=log.backend())
+    loss = compiled.compiled(model.loss, "layers", True, reshard, backend=log.backend())
     loss = partial(loss, tree, torch.randint(64, (2, 32)), parallel=parallel, config=config, recompute=recompute)
     return lambda: loss()[0], lambda value: torch.autograd.grad(value, list(named_leaves(tree).values()))
 
@@ -167,6 +169,30 @@ def test_parts_are_sent_for_before_the_one_that_runs_and_are_gone_behind_it(log,
         gradients(value)
         assert log.told() == "G2 B S G1 g2 B S g1 B S S"
         assert log.alive == [[2, 3], [1, 2], [1]]
+        assert log.whole() == []
+        del value
+        assert log.flights[0]() is None
+    finally:
+        gc.enable()
+        torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("two_ranks")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_parts_may_keep_what_was_gathered_for_their_backward(log):
+    torch._dynamo.reset()
+    loss, gradients = step_of(log, "none", reshard=False)
+    gradients(loss())
+    gc.collect()
+    log.forget()
+    gc.disable()
+    try:
+        value = loss()
+        assert log.told() == "G0 G1 g0 G2 g1 F G3 g2 F g3 F"
+        assert log.whole() == [1, 2, 3]  # the embedding's gradient needs no table
+        log.forget()
+        gradients(value)
+        assert log.told() == "B S B S B S S"
         assert log.whole() == []
         del value
         assert log.flights[0]() is None

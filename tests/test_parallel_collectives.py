@@ -221,14 +221,15 @@ ORDERED = pytest.mark.skipif(not overlap.SOUND, reason="this torch orders it wro
 @pytest.mark.parametrize(
     ("mode", "asked", "options"),
     [
-        pytest.param("model", "--overlap", {"ahead": False, "options": overlap.OPTIONS}, marks=ORDERED),
-        ("model", "--no-overlap", {"ahead": False}),
-        ("layers", "--overlap", {"ahead": True}),
-        ("layers", "--no-overlap", {"ahead": False}),
+        pytest.param("model", ["--overlap"], (False, True, {"options": overlap.OPTIONS}), marks=ORDERED),
+        ("model", ["--no-overlap"], (False, True, {})),
+        ("layers", ["--overlap"], (True, True, {})),
+        ("layers", ["--overlap", "--no-reshard-after-forward"], (True, False, {})),
+        ("layers", ["--no-overlap"], (False, True, {})),
     ],
 )
 def test_training_is_compiled_in_that_order_where_asked(tmp_path, monkeypatch, mode, asked, options):
     monkeypatch.setattr(step, "missing_compiler", lambda device: None)
-    monkeypatch.setattr(step.compiled, "compiled", lambda loss, mode, **found: found)
-    settings = runs.config(tmp_path, f"--compile={mode}", "--mesh.dp=2", asked)
+    monkeypatch.setattr(step.compiled, "compiled", lambda loss, mode, *found, **options: (*found, options))
+    settings = runs.config(tmp_path, f"--compile={mode}", "--mesh.dp=2", *asked)
     assert step.functions(settings, settings.model, torch.device("cpu"))[0] == options

@@ -29,6 +29,7 @@ from tests import runs
         ("timeout = 0", r"timeout is 0\.0, it must be at least 1"),
         ("overlap = true", r"overlap with compile 'layers' and a mesh of 1: "),
         ("overlap = true\ncompile = 'none'\n[mesh]\nep = 2", r"overlap with compile 'none' and a mesh of 2: "),
+        ("reshard_after_forward = false", r"reshard_after_forward is false with overlap False and compile 'layers': "),
         ("cuda_graph = true", r"cuda_graph with dtype 'float32': fp32 attention waits"),
         ("dtype = 'bfloat16'\ncuda_graph = true\n[mesh]\nep = 2", r"cuda_graph with ep = 2: "),
         ("float8 = 'linears'", r"float8 is 'linears' with dtype 'float32': it is between bfloat16 tensors, so set"),

@@ -5,7 +5,8 @@
 Prints a table and writes results/scaling.json. Computed in bf16 over fp32 parameters, AdamW with moments in bf16,
 random tokens, vocabulary 151,936, no prediction module, every kind of layer compiled once. --cards 2: three linear
 layers and one of full attention, 128 experts. With dp and ep, cards also exchange one layer ahead (`ahead`, the
-`--overlap` of training), and steps that wait for the host are CUDA graphs too (`graph`, with dp ahead). Cases: fsdp 2
+`--overlap` of training; `kept`, with `--no-reshard-after-forward` besides), and steps that wait for the host are CUDA
+graphs too (`graph`, with dp ahead and kept). Cases: fsdp 2
 and ep 2, twice the rows on twice the cards; tp 2 with sequence parallelism and cp 2 on a row of 128k tokens (layers
 recomputed), the same batch on twice the cards. --cards 8: twelve layers, 64 experts where one card has to hold them,
 512 where eight do. Metrics: step_ms, the median of forward, backward and update, of the slowest rank; tokens_per_s of
@@ -65,6 +66,7 @@ CASES = {
     "ep 8 16x4096, 512 experts": Case("ep=8", 16, 4096, 0, "selective", 12, 512),
 }
 ONE, ALL, AHEAD, PLAN = "q3n one card", "q3n all cards", "q3n all cards, ahead", "q3n plan"
+KEPT = "q3n all cards, kept"
 ONE_GRAPH, GRAPH = "q3n one card, graph", "q3n all cards, graph"
 UNITS = {"step_ms": "ms", "tokens_per_s": "tokens/s", "peak_gib": "GiB", "efficiency": "1", "first_step_s": "s"}
 ADAMW = optim.OptimizerConfig(lr=1e-4)
@@ -97,9 +99,11 @@ def shards(config: Config, layout: mesh.Mesh, device: torch.device) -> params.Pa
 
 
 def stepper(
-    case: Case, config: Config, layout: mesh.Mesh, device: torch.device, tiny: bool, ahead: bool, graph: bool
+    case: Case, config: Config, layout: mesh.Mesh, device: torch.device, tiny: bool, implementation: str
 ) -> Callable[[], object]:
     """A whole step of this rank."""
+    graph = implementation in (ONE_GRAPH, GRAPH)
+    kept = implementation == KEPT or (implementation == GRAPH and layout.dp > 1)
     dtype, parallel = torch.float32 if tiny else torch.bfloat16, None
     if layout.size > 1:
         parallel = placement.connect(layout, rules.layouts(config, layout), device, timedelta(seconds=600))
@@ -111,7 +115,7 @@ def stepper(
         device
     )
     function = functools.partial(model.loss, parallel=parallel, config=config, recompute=case.recompute)
-    loss = compiled.compiled(function, "none" if tiny else "layers", ahead=ahead)
+    loss = compiled.compiled(function, "none" if tiny else "layers", kept or implementation == AHEAD, not kept)
     moves = optim.MOVES if tiny else compiled.moves()
     update = functools.partial(optim.update_, parallel=parallel, groups=groups, optimizer=ADAMW, moves=moves)
     lr = torch.tensor(1e-4, device=device)
@@ -136,15 +140,13 @@ def working(masters: params.Parameters, dtype: torch.dtype) -> params.Parameters
 def measure(name: str, implementation: str, tiny: bool) -> dict[str, float]:
     """Runs on every rank; the slowest rank's time, the fullest card's memory."""
     case, where, alone = CASES[name], launch.world(), implementation in (ONE, ONE_GRAPH)
-    graph = implementation in (ONE_GRAPH, GRAPH)
     config = shape(case, tiny)
     layout = mesh.Mesh() if alone else mesh.parse(case.layout)
     case = case._replace(length=case.length // 64) if tiny else case
     mesh.check_batch(layout, config, case.rows, case.length)
     device = launch.own_device(torch.device("cuda" if torch.cuda.is_available() else "cpu"), where)
     with launch.joined(where, device):
-        ahead = implementation == AHEAD or (implementation == GRAPH and layout.dp > 1)
-        own = timed(stepper(case, config, layout, device, tiny, ahead, graph), tiny)
+        own = timed(stepper(case, config, layout, device, tiny, implementation), tiny)
         everyone: list[Any] = [own] * where.size
         if where.size > 1:
             dist.all_gather_object(everyone, own)
@@ -199,7 +201,7 @@ def expected(case: Case, tiny: bool) -> dict[str, float]:
 def kinds(case: Case, tiny: bool) -> list[str]:
     """What is measured of a case: the exchange of experts waits for the host, long steps of a row do not."""
     layout = mesh.parse(case.layout)
-    ahead = [AHEAD] if layout.dp > 1 or layout.ep > 1 else []
+    ahead = [AHEAD] * (layout.dp > 1 or layout.ep > 1) + [KEPT] * (layout.dp > 1)
     graphs = not tiny and layout.ep == layout.cp == 1
     return [ONE] * bool(case.rows_of_one) + [ALL, *ahead] + ([ONE_GRAPH, GRAPH] if graphs else [])
 
