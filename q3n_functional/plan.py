@@ -9,6 +9,7 @@ takes the longer of its arithmetic and its memory traffic, and collectives overl
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -133,11 +134,13 @@ def _empty(where: rules.Layout) -> Tensor:
 
 
 def _splits(config: TrainConfig) -> Iterator[int]:
-    """What the program asks the device for: the slots of its tokens that go to each of ep ranks, and come from them."""
-    mesh = config.mesh
+    """What the program asks the device for: slots that go to each of ep ranks, tokens that go there, and both back."""
+    mesh, experts, chosen = config.mesh, config.model.num_experts, config.model.num_experts_per_tok
     tokens = config.batch_size // mesh.rows * config.seq_len // mesh.cp
-    slots = tokens * config.model.num_experts_per_tok
-    return itertools.cycle([slots // mesh.ep + (rank < slots % mesh.ep) for rank in range(mesh.ep)])
+    slots = [tokens * chosen // mesh.ep + (rank < tokens * chosen % mesh.ep) for rank in range(mesh.ep)]
+    # Of the ways to choose experts, those that choose none of a rank's.
+    without = math.comb(experts - experts // mesh.ep, chosen) / max(math.comb(experts, chosen), 1)
+    return itertools.cycle([*slots, *[round(tokens * (1 - without))] * mesh.ep])
 
 
 @contextmanager

@@ -143,6 +143,22 @@ def test_gradient_of_routing_weights_is_an_experts_output():
     torch.testing.assert_close(dweights, alone.sum(1).view(5, 2).float())
 
 
+@pytest.mark.parametrize("rows", [[0, 0, 1, 3, 3], [2, 2, 2, 2, 2], [0, 1, 2, 3, 4]])
+def test_several_rows_of_a_token(rows):
+    """As if each row had a copy of its token."""
+    _, experts, weights, *matrices = draw(LOADS["two each"])
+    x = draw([[0]] * 6)[0]
+    rows = torch.tensor(rows, dtype=torch.int32)
+
+    def copied(x, *rest):
+        return x.new_zeros(x.shape).index_add(0, rows, reference(x[rows], *rest))
+
+    inputs = [x, experts, weights, *matrices]
+    actual = run(lambda *leaves: grouped_swiglu(*leaves, rows), inputs)
+    assert max(errors(actual, run(copied, inputs)).values()) < 1e-13
+    assert not actual["y"][5].any()
+
+
 def test_errors():
     x, experts, weights, gate, up, down = draw(LOADS["two each"])
     wrong = [

@@ -30,7 +30,7 @@ def build(tokens, experts, per_token, dtype=torch.int64):
     """What `_sort` is given: most slots go to a few experts."""
     scores = torch.rand(tokens, per_token, generator=torch.Generator().manual_seed(0))
     x, weights, gate = (torch.empty(shape, device=DEVICE) for shape in ((tokens, 8), scores.shape, (experts, 8, 8)))
-    return kernels()._problem(x, weights, gate, None), (scores.square() * experts).to(DEVICE, dtype)
+    return kernels()._problem(x, weights, gate, None, None), (scores.square() * experts).to(DEVICE, dtype)
 
 
 def assert_sorted(places, chosen, num_experts):

@@ -41,6 +41,10 @@ CASES = {
     "strided": {"strided": True},
     "strided, ragged": {"strided": True, "width": 21, "inner": 11},
     "expanded gradient": {"expanded": True},
+    "rows of tokens": {"shared": 9, "per_token": 1},
+    "rows of tokens, two a row": {"shared": 6, "per_token": 2, "strided": True},
+    "rows of tokens, columns in slices": {"shared": 7, "per_token": 1, "width": 64, "scratch": 1},
+    "rows of no token": {"shared": 5, "tokens": 0},
 }
 if not INTERPRETED:  # whose dots cannot take bf16
     CASES |= {f"{name}, bf16": {"dtype": torch.bfloat16, **options} for name, options in CASES.items()}
@@ -63,9 +67,12 @@ def small(tma=True, scratch=2**29, **_):
 
 def build(
     tokens=20, experts=5, per_token=3, width=32, inner=32, dtype=torch.float32, weights_dtype=torch.float32,
-    index=torch.int64, only=None, strided=False, expanded=False, **_,
+    index=torch.int64, only=None, strided=False, expanded=False, shared=None, **_,
 ):  # fmt: skip
-    """(dy, x, experts, weights, gate, up, down); where there are three experts or more the second has no tokens."""
+    """(dy, x, experts, weights, gate, up, down, rows); with three experts or more the second has no tokens.
+
+    Of `shared` tokens the second and the last have no rows, the third has half of them.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape, scale=1.0):
@@ -89,7 +96,11 @@ def build(
         tensors[6] = tensors[6].mT.contiguous().mT
     if expanded:
         tensors[0] = random(1, 1).expand(tokens, width)
-    return tensors
+    if shared is None:
+        return [*tensors, None]
+    rows = torch.arange(tokens) % (shared - 1)
+    rows[rows == 1], rows[::2] = 0, 2
+    return [random(shared, width), random(shared, width), *tensors[2:], rows.sort().values.to(DEVICE, torch.int32)]
 
 
 def poisoned(function, *args):
@@ -103,16 +114,17 @@ def poisoned(function, *args):
 
 
 def outputs(inputs, config=None):
-    dy, x, _, weights, *matrices = inputs
+    dy, x, _, weights, *rest = inputs
     y, *saved = poisoned(kernels().forward, *inputs[1:], config)
-    gradients = poisoned(kernels().backward, dy, x, weights, *saved, *matrices, config)
+    gradients = poisoned(kernels().backward, dy, x, weights, *saved, *rest, config)
     return dict(zip(NAMES, (y, saved[0], *gradients), strict=True)), saved[1:]
 
 
 def expected(inputs):
-    dy, x, experts, weights, *matrices = (t.double() if t.is_floating_point() else t for t in inputs)
-    y, *saved = reference_forward(x, experts, weights, *matrices)
-    gradients = reference_backward(dy, x, weights, *saved, *matrices)
+    *tensors, rows = inputs
+    dy, x, experts, weights, *matrices = (t.double() if t.is_floating_point() else t for t in tensors)
+    y, *saved = reference_forward(x, experts, weights, *matrices, rows)
+    gradients = reference_backward(dy, x, weights, *saved, *matrices, rows)
     return dict(zip(NAMES, (y, saved[0], *gradients), strict=True)), saved[1:]
 
 
@@ -133,7 +145,7 @@ def test_matches_the_reference(options):
     inputs = build(**options)
     found = outputs(inputs, small(**options))
     assert_matches(found, expected(inputs), inputs[1].dtype)
-    dtypes = [t.dtype for t in (inputs[1], inputs[1], *inputs[1:2], *inputs[3:])]
+    dtypes = [t.dtype for t in (inputs[1], inputs[1], *inputs[1:2], *inputs[3:7])]
     assert [value.dtype for value in found[0].values()] == dtypes
 
 
@@ -158,7 +170,7 @@ def test_sorting(tokens, experts, per_token, few, monkeypatch):
     """Across blocks of slots: as torch's stable sort, and every row in exactly one tile of its expert."""
     monkeypatch.setattr(kernels(), "FEW_SLOTS", 1024 if few else 0)
     _, x, chosen, weights, gate, *_ = build(tokens, experts, per_token, width=8, inner=8)
-    p = kernels()._problem(x, weights, gate, small())
+    p = kernels()._problem(x, weights, gate, None, small())
     order, ends, tiles = poisoned(kernels()._sort, p, chosen)
     values, true_order = chosen.flatten().sort(stable=True)
     assert torch.equal(order.long(), true_order)
@@ -174,7 +186,7 @@ def test_sorting(tokens, experts, per_token, few, monkeypatch):
 def test_only_experts_with_tokens_are_read():
     inputs = build(tokens=3, experts=9, per_token=2)
     wanted, busy = expected(inputs), torch.zeros(9, dtype=torch.bool).index_fill(0, inputs[2].flatten().cpu(), True)
-    for matrices in inputs[4:]:
+    for matrices in inputs[4:7]:
         matrices[~busy] = torch.nan
     found = outputs(inputs, small())
     assert_matches(found, wanted, torch.float32)
@@ -214,9 +226,9 @@ def test_repeats_bit_by_bit():
 
 def test_a_token_has_the_same_bits_in_any_company():
     """So batch and packing do not matter, nor the slices of columns."""
-    dy, x, experts, weights, *matrices = build(width=48)
-    (together, _) = outputs([dy, x, experts, weights, *matrices], small())
-    (alone, _) = outputs([dy[7:9], x[7:9], experts[7:9], weights[7:9], *matrices], small(scratch=1))
+    dy, x, experts, weights, *rest = build(width=48)
+    (together, _) = outputs([dy, x, experts, weights, *rest], small())
+    (alone, _) = outputs([dy[7:9], x[7:9], experts[7:9], weights[7:9], *rest], small(scratch=1))
     # The interpreter's products are numpy's, in which a row's bits depend on its place, on some CPUs.
     exact = {"rtol": 1e-5, "atol": 1e-6} if INTERPRETED else {"rtol": 0, "atol": 0}
     for name in ("y", "dx", "dweights"):
@@ -226,7 +238,7 @@ def test_a_token_has_the_same_bits_in_any_company():
 def test_scratch_is_bounded():
     _, x, _, weights, gate, *_ = build(tokens=30, width=256)  # 90 slots
     for limit in (1, 10_000, 30_000, 2**29):
-        p = kernels()._problem(x, weights, gate, small(scratch=limit))
+        p = kernels()._problem(x, weights, gate, None, small(scratch=limit))
         slices = kernels()._slices(p, p.config.down, 4)
         assert [b for first, number in slices for b in range(first, first + number)] == list(range(256 // 16))
         assert max(number for _, number in slices) * 16 * 90 * 4 <= max(limit, 16 * 90 * 4)
@@ -234,11 +246,13 @@ def test_scratch_is_bounded():
 
 def test_the_op():
     ops = torch.ops.q3n
-    dy, x, experts, weights, *matrices = build(tokens=5, experts=3, per_token=2, width=16, inner=16, dtype=FAST)
-    leaves = [t.clone().requires_grad_() for t in (x, weights, *matrices)]
-    library.opcheck(ops.grouped_swiglu.default, (leaves[0], experts, *leaves[1:], "triton"))
-    _, *saved = ops.grouped_swiglu(x, experts, weights, *matrices, "triton")
-    library.opcheck(ops.grouped_swiglu_backward.default, (dy, x, weights, *saved, *matrices, "triton"))
+    sizes = {"tokens": 5, "experts": 3, "per_token": 2, "width": 16, "inner": 16, "dtype": FAST}
+    for shared in (None, 4):
+        dy, x, experts, weights, *matrices, rows = build(**sizes, shared=shared)
+        leaves = [t.clone().requires_grad_() for t in (x, weights, *matrices)]
+        library.opcheck(ops.grouped_swiglu.default, (leaves[0], experts, *leaves[1:], rows, "triton"))
+        _, *saved = ops.grouped_swiglu(x, experts, weights, *matrices, rows, "triton")
+        library.opcheck(ops.grouped_swiglu_backward.default, (dy, x, weights, *saved, *matrices, rows, "triton"))
 
 
 def test_compiles_once_for_all_lengths():
@@ -247,7 +261,7 @@ def test_compiles_once_for_all_lengths():
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for tokens in (5, 9, 20):
-            dy, *inputs = build(tokens, experts=3, per_token=2, width=16, inner=16, dtype=FAST)
+            dy, *inputs, _ = build(tokens, experts=3, per_token=2, width=16, inner=16, dtype=FAST)
             leaves = [t.requires_grad_(t.is_floating_point()) for t in inputs]
             found, wanted = (
                 (y, *torch.autograd.grad(y, [t for t in leaves if t.requires_grad], dy))
@@ -257,7 +271,7 @@ def test_compiles_once_for_all_lengths():
 
 
 def test_errors():
-    _, x, experts, weights, *matrices = build(dtype=torch.float64)
+    _, x, experts, weights, *matrices, _ = build(dtype=torch.float64)
     with pytest.raises(ValueError, match=r"x is torch\.float64: the Triton kernels take bf16, fp16 and fp32"):
         kernels().forward(x, experts, weights, *matrices)
     many = [torch.empty(8193, 1, 1, device=DEVICE) for _ in range(3)]
@@ -269,11 +283,11 @@ def test_errors():
 def test_in_a_cuda_graph_with_other_routing_and_without_a_wait():
     inputs = build(tokens=100, width=64, inner=64, dtype=FAST)
     outputs(inputs)
-    dy, x, experts, weights, *matrices = inputs
+    dy, x, experts, weights, *rest = inputs
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y, *saved = kernels().forward(*inputs[1:])
-        gradients = kernels().backward(dy, x, weights, *saved, *matrices)
+        gradients = kernels().backward(dy, x, weights, *saved, *rest)
     experts.copy_((experts + 2) % 5)
     graph.replay()
     found = dict(zip(NAMES, (y, saved[0], *gradients), strict=True)), saved[1:]

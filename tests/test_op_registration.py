@@ -104,14 +104,16 @@ def norm_vector_case(extent, dtype):
     return Case(lambda *x, where, **impl: (rms_norm_gated(*x, **impl),), inputs)
 
 
-def swiglu_case(extent, dtype):
+def swiglu_case(extent, dtype, shared=False):
     wide, experts = registration.wide(dtype), torch.tensor([[0, 2], [2, 3], [3, 0]]).repeat(extent, 1)[:extent]
-    shapes = [(extent, 3), (4, 2, 3), (4, 2, 3), (4, 3, 2)]
+    shapes = [(3 if shared else extent, 3), (4, 2, 3), (4, 2, 3), (4, 3, 2)]
     x, *matrices = (random(*shape, dtype=dtype, seed=seed) for seed, shape in enumerate(shapes))
     weights = random(extent, 2, dtype=wide, seed=4)
 
     def call(x, weights, *matrices, where, **impl):
-        return (grouped_swiglu(x, where, weights, *matrices, **impl),)
+        num = where.shape[0]
+        rows = torch.arange(num, dtype=torch.int32) * 3 // num if shared else None
+        return (grouped_swiglu(x, where, weights, *matrices, rows, **impl),)
 
     return Case(call, [x, weights, *matrices], experts)
 
@@ -169,6 +171,7 @@ CASES = {
     "rms_norm_gated": norm_case,
     "rms_norm_gated, one vector": norm_vector_case,
     "grouped_swiglu": swiglu_case,
+    "grouped_swiglu, rows of tokens": lambda *size: swiglu_case(*size, shared=True),
     "router_logits": router_case,
     "top_experts": top_experts_case,
     "linear_cross_entropy": cross_entropy_case,
@@ -258,10 +261,10 @@ q3n::gated_delta_rule_backward(Tensor? do, Tensor? dfinal_state, Tensor q, Tenso
     Tensor beta, Tensor? A_log, Tensor? dt_bias, Tensor? initial_state, Tensor? cu_seqlens, Tensor gates,
     Tensor inverse, float scale, bool qk_l2norm, float beta_scale, int chunk_size, str impl) -> (Tensor,
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)
-q3n::grouped_swiglu(Tensor x, Tensor experts, Tensor weights, Tensor gate, Tensor up, Tensor down, str impl)
-    -> (Tensor, Tensor, Tensor, Tensor)
+q3n::grouped_swiglu(Tensor x, Tensor experts, Tensor weights, Tensor gate, Tensor up, Tensor down, Tensor?
+    rows, str impl) -> (Tensor, Tensor, Tensor, Tensor)
 q3n::grouped_swiglu_backward(Tensor dy, Tensor x, Tensor weights, Tensor hidden, Tensor order, Tensor ends,
-    Tensor gate, Tensor up, Tensor down, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor)
+    Tensor gate, Tensor up, Tensor down, Tensor? rows, str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor)
 q3n::linear_cross_entropy(Tensor h, Tensor head, Tensor targets, float z_loss_coef, bool gradients, str impl)
     -> (Tensor, Tensor, Tensor, Tensor, Tensor)
 q3n::linear_cross_entropy_backward(Tensor dtotal, Tensor dh, Tensor dhead, Tensor h, Tensor head, str impl) ->

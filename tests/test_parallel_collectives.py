@@ -60,7 +60,7 @@ ep=2
   all_reduce             ep            0   56    0
   all_reduce             tokens        2    1    0
   all_reduce             world         2    0    1
-  all_to_all_single      ep           12    6    0
+  all_to_all_single      ep           15    9    0
 """,
     )
 

@@ -12,7 +12,7 @@ A stable counting sort gives every slot its row: counts of each block of slots, 
 table says which expert and first row each tile of BM rows belongs to; it has room for the worst case, and programs
 beyond its end leave at once, so that nothing is read back and only experts with tokens are touched. Rows of x and dy
 are gathered by the products' own loads, and the products that end in [T, D] write each row to its slot, where a last
-kernel adds the J of a token in order: no float atomics, so repeated runs agree bit by bit. These rows are made in
+kernel adds those of a token in order: no float atomics, so repeated runs agree bit by bit. These rows are made in
 slices of columns, so that they never take more than SCRATCH_BYTES.
 """
 
@@ -172,9 +172,18 @@ def _slots(order, first, end, BM: tl.constexpr):
     return tl.load(order + tl.minimum(row, end - 1)), row < end, row.to(tl.int64)
 
 
+@triton.jit
+def _tokens(rows, slot, J: tl.constexpr):
+    """The tokens that slots are of."""
+    token = slot // J
+    if rows is not None:
+        token = tl.load(rows + token)
+    return token.to(tl.int64)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _gate_up_kernel(
-    x, weights, order, ends, tiles, gate, up, gate_tma, up_tma, hidden, h, num_rows, x_row,
+    x, weights, token_rows, order, ends, tiles, gate, up, gate_tma, up_tma, hidden, h, num_rows, x_row,
     J: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -185,7 +194,7 @@ def _gate_up_kernel(
     if e >= 0:
         n = (pid % BLOCKS) * BN
         slot, own, row = _slots(order, tl.load(tiles + 2 * (pid // BLOCKS) + 1), tl.load(ends + e), BM)
-        rows = x + (slot // J).to(tl.int64)[:, None] * x_row
+        rows = x + _tokens(token_rows, slot, J)[:, None] * x_row
         acc_a = tl.zeros([BM, BN], tl.float32)
         acc_b = tl.zeros([BM, BN], tl.float32)
         for k in tl.range(0, D, BK, num_stages=STAGES):
@@ -236,17 +245,24 @@ def _down_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens", "first_block", "blocks"])
 def _sum_kernel(
-    parts, y, num_tokens, first_block, blocks,
+    parts, y, starts, num_tokens, first_block, blocks,
     J: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """`blocks` blocks of BN columns of y from block first_block on: the sum of the J rows of each token."""
+    """`blocks` blocks of BN columns of y from block first_block on: the sum of the slots of each token."""
     pid = tl.program_id(0)
     token = ((pid // blocks) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     col = ((pid % blocks) * BN + tl.arange(0, BN))[None, :]
     mask = (token < num_tokens) & (first_block * BN + col < D)
     total = tl.zeros([ROWS, BN], tl.float32)
-    for j in tl.static_range(J):
-        total += tl.load(parts + (token * J + j) * (blocks * BN) + col, mask=mask, other=0.0).to(tl.float32)
+    if starts is None:
+        for j in tl.static_range(J):
+            total += tl.load(parts + (token * J + j) * (blocks * BN) + col, mask=mask, other=0.0).to(tl.float32)
+    else:
+        begin = tl.load(starts + token, mask=token < num_tokens, other=0).to(tl.int64) * J
+        end = tl.load(starts + token + 1, mask=token < num_tokens, other=0).to(tl.int64) * J
+        for j in range(0, tl.max(end - begin)):
+            at = parts + (begin + j) * (blocks * BN) + col
+            total += tl.load(at, mask=mask & (begin + j < end), other=0.0).to(tl.float32)
     tl.store(y + token * D + first_block * BN + col, total.to(y.dtype.element_ty), mask=mask)
 
 
@@ -288,7 +304,7 @@ def _activation_gradients(g, w, hidden, dhidden, num_rows, row, own, n, F: tl.co
 
 @triton.jit(do_not_specialize=["num_rows"])
 def _hidden_gradient_kernel(
-    dy, weights, order, ends, tiles, down, down_tma, hidden, dhidden, dweights, num_rows, dy_row,
+    dy, weights, token_rows, order, ends, tiles, down, down_tma, hidden, dhidden, dweights, num_rows, dy_row,
     J: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -300,7 +316,7 @@ def _hidden_gradient_kernel(
     if e >= 0:
         n = (pid % BLOCKS) * BN
         slot, own, row = _slots(order, tl.load(tiles + 2 * (pid // BLOCKS) + 1), tl.load(ends + e), BM)
-        rows = dy + (slot // J).to(tl.int64)[:, None] * dy_row
+        rows = dy + _tokens(token_rows, slot, J)[:, None] * dy_row
         g = tl.zeros([BM, BN], tl.float32)
         for k in tl.range(0, D, BK, num_stages=STAGES):
             grad = _gathered(rows, k, D, BK)
@@ -424,6 +440,7 @@ class Problem(NamedTuple):
     num_slots: int
     num_tiles: int
     num_experts: int
+    rows: Tensor | None
     constants: dict[str, int]  # J, D, F
     dot: str
     config: Config
@@ -445,7 +462,7 @@ def _config(dtype: torch.dtype, rows: int) -> Config:
     return FP32 if dtype == torch.float32 else CONFIGS[sum(rows >= bound for bound in BOUNDS)]
 
 
-def _problem(x: Tensor, weights: Tensor, gate: Tensor, config: Config | None) -> Problem:
+def _problem(x: Tensor, weights: Tensor, gate: Tensor, rows: Tensor | None, config: Config | None) -> Problem:
     (num_experts, inner, width), (tokens, per_token) = gate.shape, weights.shape
     if x.dtype not in DTYPES:
         raise UnsupportedError(f"x is {x.dtype}: the Triton kernels take bf16, fp16 and fp32")
@@ -453,11 +470,12 @@ def _problem(x: Tensor, weights: Tensor, gate: Tensor, config: Config | None) ->
         raise UnsupportedError(f"{num_experts} experts: the Triton kernels take at most {MAX_EXPERTS}")
     slots = tokens * per_token
     config = config or _config(x.dtype, slots // max(num_experts, 1))
-    rows = config.gate_up.BM
-    # Of the experts with tokens each leaves at most rows - 1 of its last tile unused.
-    tiles = (slots + min(num_experts, slots) * (rows - 1)) // rows
+    tile = config.gate_up.BM
+    # Of the experts with tokens each leaves at most tile - 1 rows of its last tile unused.
+    tiles = (slots + min(num_experts, slots) * (tile - 1)) // tile
     dot = "tf32x3" if x.dtype == torch.float32 else "tf32"
-    return Problem(slots, tiles, num_experts, {"J": per_token, "D": width, "F": inner}, dot, config)
+    rows = None if rows is None else rows.contiguous()
+    return Problem(slots, tiles, num_experts, rows, {"J": per_token, "D": width, "F": inner}, dot, config)
 
 
 def _launch(kernel, programs: int, tile: Tile, *args, **constants) -> None:
@@ -526,20 +544,24 @@ def _summed(p: Problem, tile: Tile, like: Tensor, launch) -> Tensor:
     y, tokens = torch.empty(like.shape, dtype=like.dtype, device=like.device), like.shape[0]
     slices = _slices(p, tile, y.element_size())
     scratch = torch.empty(p.num_slots * slices[0][1] * tile.BN, dtype=y.dtype, device=y.device)
-    rows = max(1, SUM_ENTRIES // tile.BN)
+    rows, starts = max(1, SUM_ENTRIES // tile.BN), None
+    if p.rows is not None:
+        numbers = torch.arange(tokens + 1, dtype=torch.int32, device=y.device)
+        starts = torch.searchsorted(p.rows, numbers, out_int32=True)
     for first, number in slices:
         launch(p.num_tiles * number, scratch, first, number)
         _sum_kernel[(_cdiv(tokens, rows) * number,)](
-            scratch, y, tokens, first, number, J=p.constants["J"], D=p.constants["D"], BN=tile.BN, ROWS=rows
+            scratch, y, starts, tokens, first, number, J=p.constants["J"], D=p.constants["D"], BN=tile.BN, ROWS=rows
         )
     return y
 
 
 def forward(
-    x: Tensor, experts: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor, config: Config | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, experts: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor, rows: Tensor | None = None,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return y, the pre-activations [2, M, F], order [M] and ends [E], as `ops.grouped_swiglu` has them."""
-    p = _problem(x, weights, gate, config)
+    p = _problem(x, weights, gate, rows, config)
     if not p.num_slots or not gate.numel():
         order, ends = (torch.zeros(n, dtype=torch.int32, device=x.device) for n in (p.num_slots, p.num_experts))
         return x.new_zeros(x.shape), x.new_zeros(2, p.num_slots, gate.shape[1]), order, ends
@@ -554,8 +576,8 @@ def _hidden(p: Problem, x: Tensor, weights: Tensor, places: Sorted, gate: Tensor
     hidden, h = (torch.empty(*n, p.num_slots, inner, dtype=x.dtype, device=x.device) for n in ((2,), ()))
     tma = _descriptors(p.config, (gate, tile.BN, tile.BK), (up, tile.BN, tile.BK))
     _launch(
-        _gate_up_kernel, p.num_tiles * _cdiv(inner, tile.BN), tile, x, weights, *places, gate, up, *tma, hidden, h,
-        p.num_slots, x.stride(0), **p.constants, DOT=p.dot, TMA=tma[0] is not None,
+        _gate_up_kernel, p.num_tiles * _cdiv(inner, tile.BN), tile, x, weights, p.rows, *places, gate, up, *tma, hidden,
+        h, p.num_slots, x.stride(0), **p.constants, DOT=p.dot, TMA=tma[0] is not None,
     )  # fmt: skip
     return hidden, h
 
@@ -575,10 +597,10 @@ def _output(p: Problem, x: Tensor, h: Tensor, places: Sorted, down: Tensor) -> T
 
 def backward(
     dy: Tensor, x: Tensor, weights: Tensor, hidden: Tensor, order: Tensor, ends: Tensor, gate: Tensor, up: Tensor,
-    down: Tensor, config: Config | None = None,
+    down: Tensor, rows: Tensor | None = None, config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of x, weights, gate, up and down."""
-    p = _problem(x, weights, gate, config)
+    p = _problem(x, weights, gate, rows, config)
     if not p.num_slots or not gate.numel():
         dx, dweights, dgate, dup, ddown = (t.new_zeros(t.shape) for t in (x, weights, gate, up, down))
         return dx, dweights, dgate, dup, ddown
@@ -602,8 +624,8 @@ def _hidden_gradient(
     parts = torch.empty(*weights.shape, blocks, dtype=torch.float32, device=hidden.device)
     (tma,) = _descriptors(p.config, (down, tile.BK, tile.BN))
     _launch(
-        _hidden_gradient_kernel, p.num_tiles * blocks, tile, dy, weights, *places, down, tma, hidden, dhidden, parts,
-        p.num_slots, dy.stride(0), **p.constants, DOT=p.dot, TMA=tma is not None,
+        _hidden_gradient_kernel, p.num_tiles * blocks, tile, dy, weights, p.rows, *places, down, tma, hidden, dhidden,
+        parts, p.num_slots, dy.stride(0), **p.constants, DOT=p.dot, TMA=tma is not None,
     )  # fmt: skip
     return dhidden, parts.sum(-1).to(weights.dtype)
 
@@ -613,9 +635,12 @@ def _weight_gradients(p: Problem, dy: Tensor, x: Tensor, dhidden: Tensor, places
     shapes = ((experts, inner, width), (experts, inner, width), (experts, width, inner))
     gradients = [torch.empty(shape, dtype=gate.dtype, device=gate.device) for shape in shapes]
     programs = 3 * experts * _cdiv(inner, tile.BM) * _cdiv(width, tile.BN)
+    constants, order = p.constants, places.order
+    if p.rows is not None:  # one indirection in the loop, not two
+        constants, order = {**constants, "J": 1}, p.rows[order // constants["J"]]
     _launch(
-        _weight_gradient_kernel, programs, tile, x, dy, dhidden, places.order, places.ends, *gradients, p.num_slots,
-        x.stride(0), dy.stride(0), **p.constants, DOT=p.dot,
+        _weight_gradient_kernel, programs, tile, x, dy, dhidden, order, places.ends, *gradients, p.num_slots,
+        x.stride(0), dy.stride(0), **constants, DOT=p.dot,
     )  # fmt: skip
     return gradients
 
