@@ -55,8 +55,8 @@ def attention(
 
     Raises ValueError for shapes or dtypes that do not fit.
     """
-    check_documents(cu_seqlens)
     check(q_BTHK, k_NSGK, v_NSGK)
+    check_documents(cu_seqlens, q_BTHK.shape[0] * q_BTHK.shape[1])
     if keys is None:
         _check_lengths(q_BTHK, k_NSGK, cu_seqlens, lengths_N)
     else:
@@ -93,12 +93,12 @@ def _check_lengths(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, lengths: Ten
 
 
 def _check_keys(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None, keys: Tensor) -> None:
-    check_documents(keys)
     if cu_seqlens is None or lengths is not None or keys.shape != cu_seqlens.shape or len(q) != len(k):
         raise ValueError(
             f"keys {tuple(keys.shape)} are offsets beside cu_seqlens of the same shape, without lengths, and "
             f"{len(q)} rows of queries need as many of keys, got {len(k)}"
         )
+    check_documents(keys, k.shape[0] * k.shape[1], "keys")
 
 
 class Span(NamedTuple):

@@ -42,7 +42,7 @@ def _check(x: Tensor, weight: Tensor, initial_state: Tensor | None, cu_seqlens: 
         raise ValueError(f"x must be [B, T, C] and weight [C, W], got {tuple(x.shape)} and {tuple(weight.shape)}")
     if weight.shape[1] < 1:
         raise ValueError(f"weight must have at least one tap, got {tuple(weight.shape)}")
-    check_documents(cu_seqlens)
+    check_documents(cu_seqlens, x.shape[0] * x.shape[1])
     num = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if initial_state is not None:
         wanted = (num, x.shape[2], weight.shape[1] - 1)

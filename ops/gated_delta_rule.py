@@ -131,7 +131,7 @@ def _check(
 
 
 def _check_state(q: Tensor, v: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> None:
-    check_documents(cu_seqlens)
+    check_documents(cu_seqlens, q.shape[0] * q.shape[1])
     if initial_state is None:
         return
     num = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1

@@ -36,10 +36,35 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def check_documents(cu_seqlens: Tensor | None) -> None:
-    """Raise ValueError where `cu_seqlens` is not what `q3n_functional.packing` makes."""
-    if cu_seqlens is not None and (cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or not len(cu_seqlens)):
-        raise ValueError(f"cu_seqlens must be int32 [S+1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+def check_documents(cu_seqlens: Tensor | None, tokens: int, name: str = "cu_seqlens") -> None:
+    """Raise ValueError where `cu_seqlens` are not offsets of documents in so many tokens.
+
+    Their values are looked at where `is_readable`, elsewhere their dtype and shape alone.
+    """
+    if cu_seqlens is None:
+        return
+    if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or not len(cu_seqlens):
+        raise ValueError(f"{name} must be int32 [S+1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+    if not is_readable(cu_seqlens):
+        return
+    begin = cu_seqlens[0] if name == "keys" else 0  # which may leave out the first
+    if not 0 <= cu_seqlens[0] <= begin or cu_seqlens[-1] > tokens or (cu_seqlens.diff() < 0).any():
+        raise ValueError(f"{name} must be offsets into {tokens} tokens, from 0 on, that never fall, got {_shown(cu_seqlens)}")
+
+
+def is_readable(x: Tensor) -> bool:
+    """Whether the values of x are on the host, and those that a program runs with: not a device's, not a tracer's."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and x.device.type == "cpu"
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
+
+
+def _shown(offsets: Tensor) -> str:
+    first = ", ".join(map(str, offsets[:8].tolist()))
+    return f"[{first}{', ...' if len(offsets) > 8 else ''}]"
 
 
 def define(

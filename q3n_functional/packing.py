@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from q3n_functional.ops.registration import check_documents, is_readable
+
 IGNORE = -100
 """The label that no loss counts, as in torch.nn.functional.cross_entropy and transformers."""
 
@@ -37,18 +39,30 @@ def lengths(documents: Documents) -> Tensor:
 
 
 def documents(cu_seqlens: Tensor, batch: int, length: int) -> Documents:
-    """`Documents` of a [batch, length] batch from `cu_seqlens` [N+1] (int32 on the tokens' device)."""
-    if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32:
-        raise ValueError(
-            f"cu_seqlens must be a 1-D int32 tensor of document offsets, got {cu_seqlens.dtype} "
-            f"with {cu_seqlens.ndim} dimensions"
-        )
+    """`Documents` of a [batch, length] batch from `cu_seqlens` [N+1] (int32 on the tokens' device).
+
+    Raises ValueError for another shape or dtype and, on the CPU outside of a trace, for offsets that fall, do not begin
+    at 0, end behind the batch, or let a document cross the end of a row.
+    """
+    check_documents(cu_seqlens, batch * length)
+    if is_readable(cu_seqlens):
+        _check_rows(cu_seqlens, length)
     index, ends = torch.arange(batch * length, dtype=torch.int32, device=cu_seqlens.device), cu_seqlens[1:]
     # A token's document is the number of those that end before it. (searchsorted would do, but complains under vmap.)
     counts = ends.new_zeros(batch * length + 1).scatter_add(0, ends.long(), torch.ones_like(ends))
     segments = counts[:-1].cumsum(0, dtype=torch.int32)
     positions, valid = index - cu_seqlens[segments], index < cu_seqlens[-1]
     return Documents(cu_seqlens, *(x.view(batch, length) for x in (positions, segments, valid)))
+
+
+def _check_rows(cu_seqlens: Tensor, length: int) -> None:
+    begins, ends = cu_seqlens[:-1], cu_seqlens[1:]
+    crossing = (ends > begins) & (begins // length != (ends - 1) // length)
+    if crossing.any():
+        n = int(crossing.int().argmax())
+        raise ValueError(
+            f"document {n} has tokens {int(begins[n])} to {int(ends[n])}, over the end of a row of {length}: cut it there"
+        )
 
 
 def documents_from_mask(mask_BT: Tensor) -> Documents:

@@ -3,7 +3,8 @@
 The step's own functions run on fake tensors as rank 0 of a fake process group, all layers, compiled as in training down
 to the graphs that Inductor would be given. What is counted is what ran; nothing is known here about the model. Assumed:
 every expert is chosen equally often, a compiler fuses neighbouring pointwise operators and reductions, an operator
-takes the longer of its arithmetic and its memory traffic, and collectives overlap with nothing, as in the program.
+takes the longer of its arithmetic and its memory traffic, and collectives overlap with nothing, as in the program
+without `overlap`.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ LAUNCH = 3e-6
 """Seconds that the shortest kernel takes with its launch (not measured here)."""
 EXCHANGE = 20e-6
 """Seconds that an exchange takes beside its bytes and rounds. Between two H100 17 MB one way took 92 to 97 us, of which
-51 by `LINK` (the profile of tp=2 in NOTES.md)."""
+51 by `LINK` (no script here)."""
 NVLINK_ROUND, NETWORK_ROUND = 4e-6, 12e-6
 """Seconds of one of the log2(ranks) rounds that the first byte takes, in a host and between hosts (not measured)."""
 OPERATORS = {

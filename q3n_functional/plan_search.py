@@ -43,7 +43,7 @@ def search(config: TrainConfig, gpus: int, card: Card) -> list[Plan]:
     if not small:
         least = min(kept(config, mesh) for mesh in legal)
         raise ValueError(
-            f"parameters, gradients and moments take {least / GIB:.0f} GiB of each of {gpus} ranks at least, a "
+            f"parameters, gradients and moments take {least / GIB:.0f} GiB of each of {gpus} ranks at least, one "
             f"{card.name} has {card.usable / GIB:.0f}: use more ranks, or moments in bfloat16"
         )
     shallow = replace(config, model=one_of_each(config.model), compile="none")

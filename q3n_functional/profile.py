@@ -71,7 +71,7 @@ def profile(config: TrainConfig) -> Path:
 
     Returns the folder, `config.run`/profile: trace.json for ui.perfetto.dev or chrome://tracing, table.txt,
     profile.json, profile.png, memory.pickle for pytorch.org/memory_viz. Raises ValueError for a device that is not
-    here.
+    here, a mesh, and `cuda_graph`.
     """
     if config.mesh.size > 1:
         raise ValueError(f"mesh has {config.mesh.size} ranks: a profile is of one device, so leave mesh out")

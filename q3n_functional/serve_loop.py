@@ -107,7 +107,6 @@ class EngineThread:
                 self._obey()
                 self.counts = self._engine.counts()
                 self._step()
-                self.counts = self._engine.counts()
         except Exception as error:
             logger.exception("the engine failed")
             self.error = error
@@ -121,13 +120,16 @@ class EngineThread:
                 self._commands.get_nowait()()
 
     def _step(self) -> None:
-        if self._jobs:
-            for event in self._engine.step():
-                job, place = self._jobs[event.id]
-                if event.finish_reason:
-                    del self._jobs[event.id]
-                job.tell(Drawn(place, event))
-            self.steps += 1
+        if not self._jobs:
+            return
+        events = self._engine.step()
+        # Before anybody is told: who has its text may ask for the counts.
+        self.counts, self.steps = self._engine.counts(), self.steps + 1
+        for event in events:
+            job, place = self._jobs[event.id]
+            if event.finish_reason:
+                del self._jobs[event.id]
+            job.tell(Drawn(place, event))
 
     def _submit(self, job: Job) -> None:
         ids: list[int] = []

@@ -14,11 +14,11 @@ def _die(rank: str, name: str, call: str) -> None:
     owner, calls = importlib.import_module(f"q3n_functional.{module}"), []
     original = getattr(owner, function)
 
-    def dying(*arguments: object) -> object:
+    def dying(*arguments: object, **options: object) -> object:
         calls.append(arguments)
         if len(calls) == int(call):
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(*arguments)
+        return original(*arguments, **options)
 
     if launch.world().rank == int(rank) and not launch.restarted():
         setattr(owner, function, dying)

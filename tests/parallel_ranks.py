@@ -162,7 +162,7 @@ def worst(own: float) -> float:
 
 
 def launch(
-    ranks: int, cases: Sequence[tuple[Any, ...]], timeout: float = 200, module: str = "tests.parallel_ranks"
+    ranks: int, cases: Sequence[tuple[Any, ...]], timeout: float = 500, module: str = "tests.parallel_ranks"
 ) -> list[float]:
     """The errors of the `cases` of `module`, on that many processes; a rank that fails ends them all."""
     with tempfile.TemporaryDirectory() as folder:
@@ -176,7 +176,11 @@ def launch(
             )
             for rank in range(ranks)
         ]
-        said = [process.communicate(timeout=timeout)[1] for process in processes]
+        try:
+            said = [process.communicate(timeout=timeout)[1] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
         assert not any(process.returncode for process in processes), "\n".join(said)
         found = json.loads((Path(folder) / "errors.json").read_text())
         return [float(number) for number in found]
@@ -186,7 +190,7 @@ def main(folder: str, ranks: str, cases: str, rank: str, error: Callable[[list[A
     """One rank of `launch`: `error` is that of a case, given as its values."""
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
-    dist.init_process_group("gloo", store, timedelta(seconds=90), int(ranks), int(rank))
+    dist.init_process_group("gloo", store, timedelta(seconds=300), int(ranks), int(rank))
     errors = [worst(error(values)) for values in json.loads(cases)]
     if rank == "0":
         (Path(folder) / "errors.json").write_text(json.dumps(errors))

@@ -61,13 +61,17 @@ def launch(cases: Sequence[tuple[str, str]]) -> list[tuple[dict[str, int], float
             )
             for rank in range(2)
         ]
-        said = [rank.communicate(timeout=200)[1] for rank in ranks]
+        try:
+            said = [rank.communicate(timeout=500)[1] for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
         assert not any(rank.returncode for rank in ranks), "\n".join(said)
         return [tuple(found) for found in json.loads((Path(folder) / "found.json").read_text())]
 
 
 def _main(folder: str, cases: str, rank: str) -> None:
-    dist.init_process_group("gloo", f"file://{folder}/store", timedelta(seconds=90), 2, int(rank))
+    dist.init_process_group("gloo", f"file://{folder}/store", timedelta(seconds=300), 2, int(rank))
     found = [measured(settings(*case)) for case in json.loads(cases)]
     if rank == "0":
         (Path(folder) / "found.json").write_text(json.dumps(found))

@@ -57,7 +57,7 @@ def torchrun(
     # What follows -- is not torchrun's, which would take --run for one of its own.
     command = [*launcher, f"--max-restarts={restarts}", "-m", "--", module, *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DIE": die}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=200)
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=500)
 
 
 def interrupt_at(settings: TrainConfig, step: int, action: Callable[[], object]) -> None:

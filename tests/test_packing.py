@@ -121,7 +121,7 @@ def test_compiles_once():
     torch._dynamo.reset()
     compiled = torch.compile(everything, fullgraph=True, dynamic=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for length, bounds in ((6, [0, 2, 2, 5, 5]), (9, [0, 1, 3, 18, 18]), (14, [0, 0, 0, 0, 28])):
+        for length, bounds in ((6, [0, 2, 2, 5, 5]), (9, [0, 1, 9, 18, 18]), (14, [0, 0, 14, 14, 28])):
             values = torch.arange(2 * length).view(2, length)
             arguments = offsets(bounds), values % 3 > 0, values
             torch.testing.assert_close(compiled(*arguments), everything(*arguments), rtol=0, atol=0)
@@ -129,14 +129,21 @@ def test_compiles_once():
 
 def test_errors():
     messages = []
-    for wrong in (torch.tensor([0, 4]), offsets([[0, 4]]), torch.tensor([0.0, 4.0])):
+    values = [[1, 4], [0, 3, 2, 4], [0, 9], [-1, 4], [0, 1, 1, 3, 4, 5], range(20)]
+    for wrong in (torch.tensor([0, 4]), offsets([[0, 4]]), torch.tensor([0.0, 4.0]), *map(offsets, values)):
         with pytest.raises(ValueError) as raised:  # noqa: PT011 (all texts are pinned below)
-            documents(wrong, 1, 4)
+            documents(wrong, 4, 2)
         messages.append(str(raised.value))
     assert_expected_inline(
         "\n".join(messages),
         """\
-cu_seqlens must be a 1-D int32 tensor of document offsets, got torch.int64 with 1 dimensions
-cu_seqlens must be a 1-D int32 tensor of document offsets, got torch.int32 with 2 dimensions
-cu_seqlens must be a 1-D int32 tensor of document offsets, got torch.float32 with 1 dimensions""",
+cu_seqlens must be int32 [S+1], got torch.int64 (2,)
+cu_seqlens must be int32 [S+1], got torch.int32 (1, 2)
+cu_seqlens must be int32 [S+1], got torch.float32 (2,)
+cu_seqlens must be offsets into 8 tokens, from 0 on, that never fall, got [1, 4]
+cu_seqlens must be offsets into 8 tokens, from 0 on, that never fall, got [0, 3, 2, 4]
+cu_seqlens must be offsets into 8 tokens, from 0 on, that never fall, got [0, 9]
+cu_seqlens must be offsets into 8 tokens, from 0 on, that never fall, got [-1, 4]
+document 2 has tokens 1 to 3, over the end of a row of 2: cut it there
+cu_seqlens must be offsets into 8 tokens, from 0 on, that never fall, got [0, 1, 2, 3, 4, 5, 6, 7, ...]""",
     )

@@ -82,6 +82,7 @@ def test_the_loss_of_a_rank_reaches_the_terminal(finished):
     lost = torchrun(2, "tests.dying_rank", *options(finished), die="1:decode.drawn:3")
     assert lost.returncode == 1
     assert re.search(r"q3n: rank 0: another rank is gone or silent \(.*\); launch it again\n", lost.stderr), lost.stderr
+    assert re.search(r"rank +: 1 .*\n +exitcode +: -9", lost.stderr), lost.stderr
 
 
 def test_drafts_are_refused_before_weights_are_read(finished, capsys, monkeypatch):

@@ -43,7 +43,7 @@ def test_a_rank_killed_in_a_step_ends_the_job_and_another_mesh_goes_on(alone, tm
     assert killed.returncode == 1
     lost = r"q3n: rank \d: another rank is gone or silent \(.*; last complete checkpoint: .*step-[24]; --resume goes on"
     assert re.search(lost, killed.stderr), killed.stderr
-    assert re.search(r"Root Cause.*\n.*\n.*\n.*\n +rank +: 2 .*\n +exitcode +: -9", killed.stderr), killed.stderr
+    assert re.search(r" rank +: 2 .*\n +exitcode +: -9", killed.stderr), killed.stderr
     # The second checkpoint may have been complete by then; the first was before the second began.
     assert train_state.complete(tmp_path / "run")[-1].name == "step-2"
     more = ("--mesh.cp=2", "--resume", "--output.sample.max-new-tokens=5")

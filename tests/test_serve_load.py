@@ -1,6 +1,7 @@
 """The server under load and at its limits: full queues, clients that leave, engines that fail, the way down."""
 
 import asyncio
+import dataclasses
 import json
 import random
 import threading
@@ -8,16 +9,19 @@ import threading
 import httpx
 import openai
 import pytest
+import torch
 
 from q3n_functional.batching import Engine, Request
 from q3n_functional.sampling import Options
 from q3n_functional.serve_loop import Accepted, ClosedError, EngineThread, Job
-from tests.servers import alone, engine, metrics, served, until
+from tests.servers import TREE, WORDS, alone, engine, metrics, served, until
 from tests.test_serve import COMPLETIONS, LONG, REFUSED
 
 
 class Gated(Engine):
-    """An engine that steps only while its gate is open."""
+    """An engine that takes `few` steps, and more when its gate is open."""
+
+    few = 0
 
     def __post_init__(self):
         super().__post_init__()
@@ -25,8 +29,15 @@ class Gated(Engine):
 
     def step(self):
         self.entered.set()
-        assert self.gate.wait(20)
+        self.few -= 1
+        assert self.few >= 0 or self.gate.wait(20)
         return super().step()
+
+
+class Short(Gated):
+    """One that waits in the middle of a text."""
+
+    few = 4
 
 
 def test_a_full_queue_turns_clients_away():
@@ -96,37 +107,36 @@ def test_cancelling_counts_within_a_step():
     asyncio.run(scene())
 
 
-def leave(made, server, address, *, stream):
-    """Ask for three long texts, and leave while they are being written."""
-    with httpx.stream("POST", address + COMPLETIONS, json={**LONG, "stream": stream, "n": 3}, timeout=0.5) as reply:
-        made.gate.set()
-        until(lambda: server.thread.steps > 3)
-        made.gate.clear()
+def leave(address, *, stream):
+    """Ask for three long texts, and leave when nothing comes."""
+    asked, limits = {**LONG, "stream": stream, "n": 3}, httpx.Timeout(20, read=2)
+    with httpx.stream("POST", address + COMPLETIONS, json=asked, timeout=limits) as reply:
         list(reply.iter_lines())
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_takes_its_requests_along(stream):
-    made = engine(Gated, rows=2)
+    made = engine(Short, rows=2)
     with served(made) as (_, server, address):
         with pytest.raises(httpx.ReadTimeout):
-            leave(made, server, address, stream=stream)
+            leave(address, stream=stream)
         until(lambda: server.thread._commands.qsize() == 1)
-        steps = server.thread.steps
+        assert server.thread.steps == 4
         made.gate.set()
         until(lambda: server.thread.counts[:2] == (0, 0))
-        assert server.thread.steps == steps + 1
-        assert server.thread.counts.drawn_tokens < 40
-        assert metrics(address)['q3n_http_requests_total{outcome="cancelled"}'] == 1
+        assert server.thread.steps == 5
+        assert 0 < server.thread.counts.drawn_tokens <= 12
+        until(lambda: metrics(address)['q3n_http_requests_total{outcome="cancelled"}'] == 1)
 
 
 def test_on_the_way_down_streams_end_cleanly():
-    made = engine(Gated)
-    with served(made) as (http, _, address), httpx.stream("POST", address + COMPLETIONS, json=LONG) as reply:
-        made.gate.set()
+    made = engine(Short)
+    with served(made) as (http, server, address), httpx.stream("POST", address + COMPLETIONS, json=LONG) as reply:
         lines = reply.iter_lines()
         assert json.loads(next(lines).removeprefix("data: "))["choices"][0]["index"] == 0
         http.should_exit = True
+        until(lambda: server.thread._commands.qsize() == 1)
+        made.gate.set()
         rest = [line for line in lines if line]
         told = json.loads(rest[-2].removeprefix("data: "))["error"]
         assert (told["message"], told["type"]) == ("the server is shutting down", "server_error")
@@ -154,6 +164,23 @@ def test_an_engine_that_fails_is_told_to_all(caplog):
         assert (reply.status_code, reply.json()) == (503, {"status": "failed"})
         assert metrics(address)['q3n_http_requests_total{outcome="failed"}'] == 2
     assert "out of memory" in caplog.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logits_that_are_not_finite_fail_their_request_alone(stream):
+    embedding = TREE.embed_tokens.clone()
+    embedding[WORDS.token_to_id("x")] = torch.nan
+    with served(dataclasses.replace(engine(), params=TREE._replace(embed_tokens=embedding))) as (_, _, address):
+        with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as web:
+            asked = {"model": "tiny", "max_tokens": 5, "seed": 1, "stream": stream}
+            with pytest.raises(openai.APIError, match="the logits are not finite"):
+                list(web.completions.create(prompt="x", **asked))
+            reply = web.completions.create(**{**asked, "prompt": "a", "stream": False})
+            assert reply.choices[0].text == alone("a", 5, Options(seed=1))
+        assert httpx.get(f"{address}/health").json() == {"status": "ok"}
+        counts = metrics(address)
+    assert counts['q3n_http_requests_total{outcome="failed"}'] == 1
+    assert counts['q3n_http_requests_total{outcome="refused"}'] == 0
 
 
 def test_load_of_clients_that_come_leave_and_err():
@@ -203,10 +230,12 @@ def test_load_of_clients_that_come_leave_and_err():
         until(lambda: server.thread.counts[:2] == (0, 0))
         assert server.thread.running
         assert server.thread._jobs == {}
-        made = metrics(address)
-        ended = {o: made[f'q3n_http_requests_total{{outcome="{o}"}}'] for o in ("finished", "cancelled", "failed")}
-        assert ended["failed"] == 0
-        assert ended["finished"] >= sum(finished)
-        assert ended["finished"] + ended["cancelled"] == 64
+
+        def ended(outcome):
+            return metrics(address)[f'q3n_http_requests_total{{outcome="{outcome}"}}']
+
+        until(lambda: ended("finished") + ended("cancelled") == 64)
+        assert ended("failed") == 0
+        assert ended("finished") >= sum(finished)
         reply = httpx.post(address + COMPLETIONS, json=kinds[0])
         assert reply.json()["choices"][0]["text"] == expected[0]

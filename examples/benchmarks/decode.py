@@ -38,7 +38,7 @@ from q3n_functional.train_state import model_folder
 LINEAR, FULL = "linear_attention", "full_attention"
 CASES = ("batch 1", "batch 32", "prefill 32768", "drafts 0", "drafts 1", "drafts 2", "drafts 3", "prefill 1048576")
 UNITS = {
-    "ms_per_token": "ms", "first_step_s": "s", "prefill_ms": "ms", "tokens_per_s": "1/s", "acceptance_rate": "1",
+    "ms_per_token": "ms", "first_step_s": "s", "prefill_ms": "ms", "acceptance_rate": "1",
     "peak_gib": "GiB",
 }  # fmt: skip
 PROMPT, STEPS, WARM, ROUNDS = 1024, 64, 4, 3

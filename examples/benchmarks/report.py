@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import triton
 
-UNITS = {"gb_per_s": "GB/s", "ms": "ms", "mib": "MiB", "s": "s", "tflops": "TFLOP/s"}
+UNITS = {"gb_per_s": "GB/s", "ms": "ms", "mib": "MiB", "s": "s", "tflops": "TFLOP/s",
+         "tokens_per_s": "tokens/s"}  # fmt: skip
 """By a metric's name, or the part of it behind the last underscore."""
 Rows = list[dict[str, Any]]
 

@@ -68,7 +68,7 @@ CASES = {
 ONE, ALL, AHEAD, PLAN = "q3n one card", "q3n all cards", "q3n all cards, ahead", "q3n plan"
 KEPT = "q3n all cards, kept"
 ONE_GRAPH, GRAPH = "q3n one card, graph", "q3n all cards, graph"
-UNITS = {"step_ms": "ms", "tokens_per_s": "tokens/s", "peak_gib": "GiB", "efficiency": "1", "first_step_s": "s"}
+UNITS = {"step_ms": "ms", "peak_gib": "GiB", "efficiency": "1", "first_step_s": "s"}
 ADAMW = optim.OptimizerConfig(lr=1e-4)
 
 
