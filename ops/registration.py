@@ -49,7 +49,9 @@ def check_documents(cu_seqlens: Tensor | None, tokens: int, name: str = "cu_seql
         return
     begin = cu_seqlens[0] if name == "keys" else 0  # which may leave out the first
     if not 0 <= cu_seqlens[0] <= begin or cu_seqlens[-1] > tokens or (cu_seqlens.diff() < 0).any():
-        raise ValueError(f"{name} must be offsets into {tokens} tokens, from 0 on, that never fall, got {_shown(cu_seqlens)}")
+        raise ValueError(
+            f"{name} must be offsets into {tokens} tokens, from 0 on, that never fall, got {_shown(cu_seqlens)}"
+        )
 
 
 def is_readable(x: Tensor) -> bool:

@@ -1,8 +1,8 @@
 """Routed experts that ep ranks share out: tokens travel to their experts and back, none is dropped.
 
 Each rank sends a token once to every rank that has some of its experts, with their numbers and weights, and gets back
-what they add together: with two ranks and ten experts a token, a fifth of the bytes of a copy for every expert. How many
-go where is known on the device alone, and the exchange wants it on the host: one wait for the device a layer.
+what they add together: with two ranks and ten experts a token, a fifth of the bytes of a copy for every expert.
+How many go where is known on the device alone, and the exchange wants it on the host: one wait for the device a layer.
 Where all ranks have the same tokens, as in writing, many of them, of prompts, are shared out first; a few, as in a
 step, stay where they are, and the ranks add up what their own experts make of them, without a wait.
 

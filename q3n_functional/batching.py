@@ -13,6 +13,7 @@ for one thread.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,7 +36,7 @@ from q3n_functional.sampling import Drawn, Options
 from q3n_functional.speculative import Speculating, Verified
 from q3n_functional.tokenizer import Stream
 
-Reason = Literal["stop", "length"]
+Reason = Literal["stop", "length", "error"]
 Run = list[tuple[int, float]]
 """Tokens that a row draws in one step, and their log-probabilities."""
 
@@ -58,7 +59,8 @@ class Request:
 class Event(NamedTuple):
     """A token that a request has drawn, its log-probability, the text that is certain now, and why it ended, if so.
 
-    The token may be a stop token, and its text may lie behind a stop string: `text` has only what counts.
+    The token may be a stop token, and its text may lie behind a stop string: `text` has only what counts. "error" is
+    for a log-probability that is not finite: the token, drawn from NaN or infinity, means nothing.
     """
 
     id: int
@@ -327,7 +329,8 @@ class Engine:
                 break
         self._drawn_tokens += len(events)
         row.read = len(row.tokens) - 1
-        self._keep(number, row)  # not where a stop string has cut the run: runs end with blocks
+        if events[-1].finish_reason != "error":
+            self._keep(number, row)  # not where a stop string has cut the run: runs end with blocks
         if events[-1].finish_reason:
             self._leave(number)
         return events
@@ -350,6 +353,8 @@ def _runs(drawn: Drawn | Verified) -> dict[int, Run]:
 
 
 def _event(row: _Row, token: int, logprob: float) -> Event:
+    if not math.isfinite(logprob):
+        return Event(row.id, token, logprob, "" if row.text is None else row.text.end(), "error")
     ended = token in row.request.stop_tokens
     text = row.text.push(token) if row.text is not None and not ended else ""
     ended |= row.text is not None and row.text.stopped

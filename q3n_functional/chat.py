@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -18,6 +21,7 @@ from tokenizers import Tokenizer
 from q3n_functional import checkpoint, tokenizer
 from q3n_functional.batching import Engine, Request
 from q3n_functional.config import Config
+from q3n_functional.generate import check_finite
 from q3n_functional.sampling import Options
 from q3n_functional.step import pick_device
 
@@ -124,14 +128,29 @@ def _tokens(words: Tokenizer, text: str, special: Mapping[str, int]) -> Iterator
 
 
 def stop_tokens(folder: Path, config: Config) -> tuple[int, ...]:
-    """The tokens that end a text: of config.json, and of generation_config.json, where chat models name theirs."""
+    """The tokens that end a text: of config.json, and of generation_config.json, where chat models name theirs.
+
+    Raises ValueError, naming the file, for what is no JSON object, and for what is no token of the vocabulary.
+    """
     file = folder / "generation_config.json"
+    ends = [config.eos_token_id, _end(file) if file.is_file() else None]
+    own, theirs = ([end] if not isinstance(end, list | tuple) else end for end in ends)
+    for end in theirs:
+        if end is not None and not (type(end) is int and 0 <= end < config.vocab_size):
+            raise ValueError(
+                f"{file}: eos_token_id contains {end!r}; token ids are integers in [0, {config.vocab_size}): correct it"
+            )
+    return tuple(dict.fromkeys(end for end in (*own, *theirs) if end is not None))
+
+
+def _end(file: Path) -> Any:
     try:
-        ends = [config.eos_token_id, json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None]
+        about = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
-    each = [[end] if isinstance(end, int) else end or [] for end in ends]
-    return tuple(dict.fromkeys(token for tokens in each for token in tokens))
+    if not isinstance(about, dict):
+        raise ValueError(f"{file} holds {about!r:.40}, it must be an object such as {{}}: correct or remove it")
+    return about.get("eos_token_id")
 
 
 class Speaker(NamedTuple):
@@ -146,8 +165,8 @@ class Speaker(NamedTuple):
 def load(folder: Path, dtype: torch.dtype | None, device: str) -> Speaker:
     """The model of a folder and what turns texts into its tokens."""
     words, template = tokenizer.read(folder / "tokenizer.json"), read(folder)
-    model = checkpoint.load(folder, dtype=dtype, device=pick_device(device))
-    return Speaker(model, words, template, stop_tokens(folder, model.config))
+    ends = stop_tokens(folder, checkpoint.read_config(folder))
+    return Speaker(checkpoint.load(folder, dtype=dtype, device=pick_device(device)), words, template, ends)
 
 
 def room(config: Config, max_length: int) -> int:
@@ -204,14 +223,34 @@ def _lines() -> Iterator[str]:
 
 
 def _answer(engine: Engine, number: int) -> str:
-    """Print the text of the one request there is as it comes; it ends early where the user interrupts."""
+    """Print the text of the one request there is as it comes; it ends early where the user interrupts.
+
+    Raises FloatingPointError for logits that are not finite.
+    """
     text = ""
-    try:
-        while engine.counts()[:2] != (0, 0):
-            piece = "".join(event.text for event in engine.step())
-            print(piece, end="", flush=True)
-            text += piece
-    except KeyboardInterrupt:
-        engine.cancel(number)
-    print()
+    with undisturbed():
+        try:
+            while engine.counts()[:2] != (0, 0):
+                for event in engine.step():
+                    check_finite(event.logprob)
+                    text += event.text  # an interrupt may come while it is printed
+                    print(event.text, end="", flush=True)
+        except KeyboardInterrupt:
+            engine.cancel(number)
+        finally:
+            print(flush=True)
     return text
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Lets what the block logs wait for its end: on a terminal it would stand amid the text that the block prints."""
+    root = logging.getLogger()
+    kept, waiting = root.handlers, BufferingHandler(sys.maxsize)
+    root.handlers = [waiting]
+    try:
+        yield
+    finally:
+        root.handlers = kept
+        for record in waiting.buffer:
+            root.handle(record)

@@ -91,6 +91,7 @@ def load(
     folder = Path(folder)
     stored = stored_tensors(folder)
     config = _read_config(folder, stored)
+    _check_experts(folder, config, stored)
     wanted = sources(config, tied_head=HEAD in stored)
     _check_names(folder, config, wanted, stored)
     _check_entries(wanted, stored)
@@ -223,6 +224,16 @@ def _read_config(folder: Path, stored: Mapping[str, Stored]) -> Config:
     if not says and any(name.startswith("mtp.") for name in stored):
         return replace(config, num_nextn_predict_layers=1)
     return config
+
+
+def _check_experts(folder: Path, config: Config, stored: Mapping[str, Stored]) -> None:
+    # Before each gets its names, which for a number without meaning would take hours.
+    sparse = config.num_nextn_predict_layers or any(map(config.is_sparse, range(config.num_hidden_layers)))
+    if sparse and config.num_experts > len(stored):
+        raise ValueError(
+            f"{entry_point(folder)}: num_experts is {config.num_experts} in config.json, but there are only "
+            f"{len(stored)} tensors; the weights are incomplete or config.json is of another model"
+        )
 
 
 def _check_names(folder: Path, config: Config, wanted: Iterable[str], stored: Mapping[str, Stored]) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import sys
 import traceback
@@ -148,40 +149,44 @@ def _generate(
         mesh: how many ranks share the model.
     """
     from q3n_functional import tokenizer
+    from q3n_functional.chat import stop_tokens
+    from q3n_functional.checkpoint import read_config
     from q3n_functional.generate import check_drafts
     from q3n_functional.generate import generate as write
     from q3n_functional.parallel import decode, launch
-    from q3n_functional.parallel.mesh import Mesh, check_size
+    from q3n_functional.parallel.mesh import Mesh, check, check_size
     from q3n_functional.step import pick_device
     from q3n_functional.train_state import model_folder
 
     where, layout, found = launch.world(), Mesh(tp=mesh.tp, ep=mesh.ep), model_folder(folder)
+    config = read_config(found)
+    check(layout, config)
     check_size(layout, where.size)
     check_drafts(draft_tokens, where.size)
     words, on = tokenizer.read(found / "tokenizer.json"), launch.own_device(pick_device(device), where)
+    ends = stop_tokens(found, config)
     with launch.joined(where, on), launch.watched(where, lambda: "launch it again"):
         model, parallel = decode.load(found, layout, on, where)
         start = partial(
             write, model.params, tokenizer.encode(words, [prompt])[0], parallel, config=model.config,
-            max_new_tokens=max_new_tokens, options=options, stop_tokens=_ends(model.config), chunk_length=chunk_length,
+            max_new_tokens=max_new_tokens, options=options, stop_tokens=ends, chunk_length=chunk_length,
             draft_tokens=draft_tokens, compile=compile,
         )  # fmt: skip
-        _print(chain([prompt], tokenizer.stream(words, launch.together(start), stop)), where)
-
-
-def _ends(config: Config) -> tuple[int, ...]:
-    """The tokens that end a text."""
-    end = config.eos_token_id
-    return (end,) if isinstance(end, int) else end or ()
+        _print(chain([prompt], launch.together(lambda: tokenizer.stream(words, start(), stop))), where)
 
 
 def _print(pieces: Iterable[str], where: World) -> None:
     """Every rank takes the pieces, whose making needs them all; the first one prints them."""
-    for piece in pieces:
-        if where.lead:
-            print(piece, end="", flush=True)
-    if where.lead:
-        print()
+    from q3n_functional.chat import undisturbed
+
+    with undisturbed():
+        try:
+            for piece in pieces:
+                if where.lead:
+                    print(piece, end="", flush=True)
+        finally:  # what is said of an error begins a line too
+            if where.lead:
+                print(flush=True)
 
 
 def convert(
@@ -206,7 +211,13 @@ def convert(
         raise ValueError(f"{target} exists: choose another target or remove it")
     kind = None if dtype == "keep" else getattr(torch, dtype)
     model = checkpoint.load(model_folder(source), dtype=kind)
-    checkpoint.save(target, model.params, model.config, None if kind else model.dtypes, model.extras)
+    try:
+        checkpoint.save(target, model.params, model.config, None if kind else model.dtypes, model.extras)
+    except BaseException as error:
+        shutil.rmtree(target, ignore_errors=True)  # the next try would be refused
+        if isinstance(error, OSError):
+            raise OSError(f"{target} cannot be written ({error}): make room, or choose another target") from error
+        raise
 
 
 def export(
@@ -288,7 +299,7 @@ def plan(
     from q3n_functional.parallel.mesh import parse
     from q3n_functional.plan import plan as run
     from q3n_functional.plan_cards import CARDS
-    from q3n_functional.train_config import DataConfig, TrainConfig
+    from q3n_functional.train_config import DataConfig, TrainConfig, check_config
 
     if search == bool(mesh):
         raise ValueError("give either --mesh, such as dp=4,tp=2, or --search with --gpus")
@@ -298,6 +309,8 @@ def plan(
         recompute=recompute, data=DataConfig(source=""), optimizer=OptimizerConfig(state_dtype=state_dtype),
         mesh=layout, model=_config(model),
     )  # fmt: skip
+    check_config(config)
+    plan_report.check_picture(picture)
     plans = plan_search.search(config, gpus, CARDS[card]) if search else [run(config, CARDS[card])]
     if search:
         print(*plan_search.table(plans), "", sep="\n")
@@ -319,8 +332,8 @@ def _config(model: str) -> Config:
     return Config.from_json(path if path.is_file() else model_folder(path) / "config.json")
 
 
-MISTAKES = (ValueError, FileNotFoundError, FloatingPointError)
-"""Of the user: they end in one line rather than a traceback."""
+MISTAKES = (ValueError, OSError, FloatingPointError)
+"""Of the user, or of the files given: they end in one line rather than a traceback."""
 
 PARSING = {"train": train, "profile": profile, "generate": generate}
 """Commands that parse their arguments themselves."""
@@ -344,14 +357,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         _run(name, rest)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except MISTAKES as error:
         print(f"q3n: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
 
 
 def _run(name: str, arguments: Sequence[str]) -> None:

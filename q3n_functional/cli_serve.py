@@ -102,6 +102,8 @@ def serve(
         raise ValueError(f"q3n serve: {error}: pip install 'q3n-functional[serve]'") from error
     if capacity < 1:
         raise ValueError(f"capacity must be 1 or more, got {capacity}")
+    if not 0 <= port < 2**16:
+        raise ValueError(f"port must be in [0, 65535], 0 for one that is free, got {port}")
     check_drafts(draft_tokens, 1)
     found = model_folder(folder)
     config = read_config(found)

@@ -77,7 +77,7 @@ def tokenize(source: Path, tokenizer: Tokenizer, folder: Path) -> Path:
     """
     path, seal = folder / "tokens.npy", folder / "tokens.json"
     key = {"source": _digest(source), "tokenizer": hashlib.sha256(tokenizer.to_str().encode()).hexdigest()}
-    if seal.exists() and json.loads(seal.read_text()) == key:
+    if _is_whole(path, seal, key, documents=source.suffix == ".jsonl"):
         return path
     seal.unlink(missing_ok=True)
     ids, starts = _encode(source, tokenizer)
@@ -90,9 +90,38 @@ def tokenize(source: Path, tokenizer: Tokenizer, folder: Path) -> Path:
     return path
 
 
+def _is_whole(path: Path, seal: Path, key: dict[str, str], documents: bool) -> bool:
+    """Whether the tokens of `key` are there, with document starts if they are `documents`."""
+    try:
+        sealed = json.loads(seal.read_text()) == key
+    except (FileNotFoundError, ValueError):
+        return False
+    return sealed and path.exists() and _documents_path(path).exists() == documents
+
+
 def _digest(source: Path) -> str:
     with source.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+BLOCK, BLOCKS = 1 << 20, 64
+
+
+def signature(source: Path) -> str:
+    """What tells a source from another, without reading all of a large one.
+
+    SHA-256 of its size and of at most 64 MiB spread evenly over it; of token ids, of the document starts beside it too.
+    """
+    found, beside = hashlib.sha256(), _documents_path(source)
+    for path in (source, beside) if source.suffix == ".npy" and beside.exists() else (source,):
+        size = path.stat().st_size
+        found.update(size.to_bytes(8, "little"))
+        blocks = min(-(-size // BLOCK), BLOCKS)
+        with path.open("rb") as file:
+            for i in range(blocks):
+                file.seek(max(size - BLOCK, 0) * i // max(blocks - 1, 1))
+                found.update(file.read(BLOCK))
+    return found.hexdigest()
 
 
 def _encode(source: Path, tokenizer: Tokenizer) -> tuple[Ids, NDArray[np.int64]]:
@@ -110,9 +139,13 @@ def _encode(source: Path, tokenizer: Tokenizer) -> tuple[Ids, NDArray[np.int64]]
 
 def _write(path: Path, array: NDArray[np.generic]) -> None:
     partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        np.save(file, array)
-        os.fsync(file.fileno())
+    try:
+        with partial.open("wb") as file:
+            np.save(file, array)
+            os.fsync(file.fileno())
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written ({error}): make room for it, or choose another --run") from error
     partial.replace(path)
 
 

@@ -52,8 +52,8 @@ def flops_per_token(config: Config, seq_len: int) -> float:
     """Multiplications and additions that a token costs in forward and backward, as MFU counts them.
 
     Three times the forward pass, whose operations are: 2 for every weight that the token meets in a matrix product or a
-    convolution (of the experts, those that are chosen; the embedding is only looked up; the head is met again by the prediction
-    module); 2 H K T for the scores and values of an attention layer of H heads of K over the causal half of
+    convolution (of the experts, those that are chosen; the embedding is only looked up; the head is met again by the
+    prediction module); 2 H K T for the scores and values of an attention layer of H heads of K over the causal half of
     T = `seq_len` tokens; and 6 H K V for the decay-free part of the delta rule's recurrence, which reads, writes and
     queries a state of K x V a head. Activation checkpointing recomputes more, which MFU does not count.
     """

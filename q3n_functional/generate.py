@@ -6,6 +6,8 @@ Letters: B sequences, T tokens of a packed stream, V vocabulary.
 from __future__ import annotations
 
 import logging
+import math
+import operator
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,8 +23,8 @@ from q3n_functional.decode import Running
 from q3n_functional.parallel.decode import own_heads
 from q3n_functional.parallel.placement import Parallel
 from q3n_functional.params import Parameters
-from q3n_functional.sampling import Options, check_bias
-from q3n_functional.speculative import Speculating
+from q3n_functional.sampling import Drawn, Options, check_bias
+from q3n_functional.speculative import Speculating, Verified
 
 logger = logging.getLogger(__name__)
 Static = dict[str, Any]
@@ -126,8 +128,9 @@ def generate(
     a while. With `parallel`, that of `q3n_functional.parallel.decode`, `params` are the rank's shards: all ranks call
     this with the same arguments, and each yields all the tokens.
 
-    Raises ValueError for an empty prompt, tokens or biases outside the vocabulary, more tokens than positions, or
-    drafts without a prediction module or on a mesh.
+    Raises ValueError for a prompt that is empty or no sequence of integers, tokens or biases outside the vocabulary,
+    more tokens than positions, or drafts without a prediction module or on a mesh; FloatingPointError, where it is
+    drawn, for a token whose logits are not finite.
     """
     check(prompt, max_new_tokens, options, config)
     if chunk_length < 1:
@@ -144,12 +147,13 @@ def generate(
         steps = _speculated(params, state, prompt, static, chunk_length, compile)
     else:
         steps = _plain(params, running, prompt, static | {"parallel": parallel}, chunk_length, compile)
-    return _until(steps, frozenset(stop_tokens))
+    return _until(steps, frozenset(stop_tokens), max_new_tokens)
 
 
 def check(prompt: Sequence[int], max_new_tokens: int, options: Options, config: Config) -> None:
     """Raise ValueError for what `generate` refuses."""
     check_bias(options, config.vocab_size)
+    _check_integers(prompt, max_new_tokens)
     if not prompt:
         raise ValueError("the prompt has no tokens: give at least one, such as the beginning-of-text token")
     if max(prompt) >= config.vocab_size or min(prompt) < 0:
@@ -166,6 +170,26 @@ def check(prompt: Sequence[int], max_new_tokens: int, options: Options, config: 
         )
 
 
+def _check_integers(prompt: Any, max_new_tokens: Any) -> None:
+    if not isinstance(prompt, Sequence):
+        raise ValueError(f"the prompt is a {type(prompt).__name__}, it must be a list of tokens, such as x.tolist()")
+    for name, values in (("max_new_tokens", [max_new_tokens]), ("a token of the prompt", prompt)):
+        for value in values:
+            try:
+                operator.index(value)
+            except TypeError as error:
+                raise ValueError(f"{name} must be an integer, got {value!r:.40}") from error
+
+
+def check_finite(logprob: float) -> None:
+    """Raise FloatingPointError for the log-probability of a token that was drawn from NaN or infinity."""
+    if not math.isfinite(logprob):
+        raise FloatingPointError(
+            f"the logits are not finite (a token's log-probability is {logprob}): the model's weights are not, or its "
+            "numbers are too large for their dtype; take another checkpoint or dtype"
+        )
+
+
 def check_drafts(draft_tokens: int, ranks: int) -> None:
     """Raise ValueError for a number of drafts that so many ranks do not make."""
     if draft_tokens < 0:
@@ -177,39 +201,45 @@ def check_drafts(draft_tokens: int, ranks: int) -> None:
 @torch.no_grad()
 def _plain(
     params: Parameters, running: Running, prompt: Sequence[int], static: Static, chunk_length: int, compile: bool
-) -> Iterator[list[int]]:
+) -> Iterator[Drawn]:
     step = decode.repeated(partial(decode.step, **static), params, running, compile=compile)
     join = [decode.in_place(partial(decode.join, fresh=fresh, **static)) for fresh in (False, True)]
     for i, piece in enumerate(pieces([prompt], chunk_length, running.token_B.device)):
         drawn = join[_begins(i, piece, chunk_length)](params, running, *piece)
-    yield drawn.token_B.tolist()
-    while not running.finished_B:
-        yield step().token_B.tolist()
+    yield drawn
+    while True:
+        yield step()
 
 
 @torch.no_grad()
 def _speculated(
     params: Parameters, state: Speculating, prompt: Sequence[int], static: Static, chunk_length: int, compile: bool
-) -> Iterator[list[int]]:
-    device, running = state.drafts_BN.device, state.running
+) -> Iterator[Drawn | Verified]:
+    device = state.drafts_BN.device
     step = decode.repeated(partial(speculative.step, **static), params, state, compile=compile)
     join = [decode.in_place(partial(speculative.join, fresh=fresh, **static)) for fresh in (False, True)]
     later = pieces([[*prompt[1:], 0]], chunk_length, device)
     for i, (piece, after) in enumerate(zip(pieces([prompt], chunk_length, device), later, strict=True)):
         drawn = join[_begins(i, piece, chunk_length)](params, state, piece.tokens_1T, after.tokens_1T, *piece[1:])
     try:
-        yield drawn.token_B.tolist()
-        while not running.finished_B:
-            yield [token for token in step().token_BT[0].tolist() if token >= 0]
+        yield drawn
+        while True:
+            yield step()
     finally:
         accepted, drafted = int(state.accepted_B), int(state.drafted_B)
         rate = speculative.acceptance_rate(state)
         logger.info("accepted %d of %d drafts (%.0f %%)", accepted, drafted, 100 * rate)
 
 
-def _until(steps: Iterator[list[int]], stop_tokens: frozenset[int]) -> Iterator[int]:
-    for tokens in steps:
-        for token in tokens:
-            if token in stop_tokens:
-                return
-            yield token
+def _until(steps: Iterator[Drawn | Verified], stop_tokens: frozenset[int], left: int) -> Iterator[int]:
+    """The tokens of one row, up to a stop token or the last of those that are left; -1 is no token."""
+    for drawn in steps:
+        for token, logprob in zip(*(x.flatten().tolist() for x in drawn), strict=True):
+            if token >= 0:
+                check_finite(logprob)
+                if token in stop_tokens:
+                    return
+                yield token
+                left -= 1
+        if not left:
+            return

@@ -103,6 +103,15 @@ def _conclusion(plan: Plan, total: float) -> Iterator[str]:
     yield f"{plan.tokens_per_s:,.0f} tokens/s, MFU {model:.1%}, bound by {name[0]} ({name[1]:.0%} of the time)"
 
 
+def check_picture(path: Path) -> None:
+    """Raise ValueError where `plot` could not draw to `path`."""
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise ValueError(f"picture {path} must end in one of {', '.join(f'.{name}' for name in sorted(known))}")
+    if not path.parent.is_dir():
+        raise ValueError(f"picture {path} lies in {path.parent}, which is no folder: make it or choose another")
+
+
 def plot(plan: Plan, path: Path) -> None:
     """Draws a rank's memory over a step, and what the step's time goes to."""
     figure = Figure(figsize=(10, 4), layout="constrained")

@@ -20,18 +20,22 @@ from q3n_functional.parallel.distributed_checkpoint import Storage
 from q3n_functional.parallel.rules import init
 from q3n_functional.params import named_leaves, named_specs
 from q3n_functional.train_config import TrainConfig
-from q3n_functional.train_state import TrainState
+from q3n_functional.train_state import TrainState, model_folder
 
 logger = logging.getLogger(__name__)
 
 
 class Text(NamedTuple):
-    """What a run reads. `bytes_per_token` are of the training and the validation part, 0 where unknown."""
+    """What a run reads. `bytes_per_token` are of the training and the validation part, 0 where unknown.
+
+    `signature` is that of the source.
+    """
 
     training: Reader
     validation: Reader | None
     tokenizer: Tokenizer | None
     bytes_per_token: tuple[float, float]
+    signature: str
 
 
 def newest(run: Path, config: TrainConfig) -> Path | None:
@@ -53,17 +57,18 @@ def newest(run: Path, config: TrainConfig) -> Path | None:
 
 
 def text(config: TrainConfig, run: Path, newest: Path | None) -> Text:
-    """The text of a run, tokenised once into its folder; `newest` is the checkpoint whose tokenizer goes on.
+    """The text of a run, tokenised once into its folder; `newest` is the checkpoint whose tokenizer and source go on.
 
     All ranks of a mesh call it together: the first one makes the tokenizer and the tokens.
     """
     source = launch.together(partial(_source, config))
+    signature = launch.same(launch.together(partial(_unchanged, source, newest)), "what is in data.source")
     words = launch.from_lead(partial(_tokenizer, config, source, newest))
     launch.in_turn(partial(_make, run))
     ids = source
     if source.suffix != ".npy":
         ids = launch.in_turn(partial(corpus.tokenize, source, cast(Tokenizer, words), run))
-    return launch.together(partial(_read, config, ids, words))
+    return launch.together(partial(_read, config, ids, words, signature))
 
 
 def _source(config: TrainConfig) -> Path:
@@ -73,15 +78,30 @@ def _source(config: TrainConfig) -> Path:
     return source
 
 
-def _read(config: TrainConfig, ids: Path, words: Tokenizer | None) -> Text:
+def _unchanged(source: Path, newest: Path | None) -> str:
+    """The signature of `source`; ValueError where it is not what `newest` was trained on."""
+    signature = corpus.signature(source)
+    # Checkpoints from before it was noted go on with what there is.
+    if newest and train_state.record(newest).get("source", signature) != signature:
+        raise ValueError(
+            f"{newest} cannot be resumed: {source} is not what it was then; put the old one back, "
+            f"or start another --run with --init-from {newest / 'model'}"
+        )
+    return signature
+
+
+def _read(config: TrainConfig, ids: Path, words: Tokenizer | None, signature: str) -> Text:
     whole, c = corpus.read(ids, config.model.vocab_size), config
     training, validation = data.readers(whole, c.data.validation_fraction, c.batch_size, c.seq_len)
-    return Text(training, validation, words, _bytes_per_token(config, training, validation, words))
+    return Text(training, validation, words, _bytes_per_token(config, training, validation, words), signature)
 
 
 def _make(run: Path) -> None:
     if launch.world().lead:
-        run.mkdir(parents=True, exist_ok=True)
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"run {run} cannot be made ({error}): choose another --run") from error
     elif not run.is_dir():
         raise ValueError(f"{run} is on another machine: all ranks must see one file system there")
 
@@ -100,7 +120,7 @@ def _tokenizer(config: TrainConfig, source: Path, newest: Path | None) -> Tokeni
     if config.init_from and name in ("bpe", "byte"):
         raise ValueError(
             f"data.tokenizer is {name!r} with init_from {config.init_from}: "
-            f"that model knows its own tokens, so give {Path(config.init_from) / 'tokenizer.json'}"
+            f"that model knows its own tokens, so give {model_folder(Path(config.init_from)) / 'tokenizer.json'}"
         )
     if newest:
         return tokenizer.read(newest / "model" / "tokenizer.json")
@@ -157,7 +177,7 @@ def _initial(config: TrainConfig, words: Tokenizer | None, device: torch.device,
 
 def _continued(config: TrainConfig, device: torch.device, rank: int) -> Checkpoint:
     """The model of `init_from` with what the options under model change in its configuration."""
-    folder = Path(config.init_from)
+    folder = model_folder(Path(config.init_from))
     loaded = checkpoint.load(folder, torch.float32, device, config.mesh, rank)
     own = Config.from_json(folder / "config.json")
     names = [f.name for f in dataclasses.fields(Config)]

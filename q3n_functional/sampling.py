@@ -9,6 +9,7 @@ Letters: B batch, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -39,8 +40,13 @@ class History(NamedTuple):
     drawn_BV: Tensor
 
 
+_LEAST = 1e-20
+"""Logits by a smaller temperature overflow fp32, and a smaller top_p may be 0 in it."""
+
+
 def settings(options: Sequence[Options], vocab_size: int, device: torch.device | str = "cpu") -> Settings:
     """The settings of a batch. Raises ValueError for a logit bias of a token outside the vocabulary."""
+    options = [_in_fp32(each) for each in options]
     bias_BV = torch.zeros(len(options), vocab_size)
     for row, each in enumerate(options):
         check_bias(each, vocab_size)
@@ -50,6 +56,12 @@ def settings(options: Sequence[Options], vocab_size: int, device: torch.device |
     dtypes = [torch.int64 if name in ("top_k", "seed") else torch.float32 for name in Settings._fields[:-1]]
     leaves = [c.to(device, d) for c, d in zip(columns, dtypes, strict=True)]
     return Settings(*leaves, bias_BV.to(device))  # type: ignore[call-arg]
+
+
+def _in_fp32(options: Options) -> Options:
+    """Options that leave the same tokens, without the numbers that fp32 is too coarse for."""
+    temperature = options.temperature if options.temperature >= _LEAST else 0.0
+    return replace(options, temperature=temperature, top_p=max(options.top_p, _LEAST))
 
 
 def history(prompts: Sequence[Sequence[int]], vocab_size: int, device: torch.device | str = "cpu") -> History:

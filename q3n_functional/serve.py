@@ -26,6 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from q3n_functional import chat, tokenizer
 from q3n_functional.batching import Engine, QueueFullError
+from q3n_functional.generate import check_finite
 from q3n_functional.serve_loop import ClosedError, Drawn, EngineThread, Job
 from q3n_functional.serve_metrics import Metrics
 from q3n_functional.serve_schema import (
@@ -35,7 +36,9 @@ from q3n_functional.serve_schema import (
     CompletionBody,
     Form,
     Json,
+    check_length,
     error,
+    field_of,
     invalid_error,
     requests,
     usage,
@@ -64,8 +67,10 @@ def _refusal(cause: Exception) -> RefusalError:
         return RefusalError(429, str(cause), "rate_limit_error")
     if isinstance(cause, ClosedError):
         return RefusalError(503, str(cause), "server_error")
+    if isinstance(cause, FloatingPointError):
+        return RefusalError(500, str(cause), "server_error")
     if isinstance(cause, ValueError):
-        return RefusalError(400, str(cause))
+        return RefusalError(400, str(cause), param=field_of(str(cause)))
     raise cause
 
 
@@ -89,24 +94,24 @@ class Answer:
             raise _refusal(update)
 
     async def whole(self) -> Json:
-        """All choices. Raises RefusalError where the engine ends before they do."""
+        """All choices. Raises RefusalError where the engine ends before they do, or logits are not finite."""
         choices = [Choice() for _ in self._job.requests]
         try:
             async for index, event in self._draws():
                 choices[index].add(event)
-        except ClosedError as closed:
-            raise _refusal(closed) from closed
+        except (ClosedError, FloatingPointError) as ended:
+            raise _refusal(ended) from ended
         return self._form.whole(choices, self._usage())
 
     async def stream(self, *, include_usage: bool) -> AsyncIterator[str]:
-        """The choices piece by piece as server-sent events; an error where the engine ends before they do."""
+        """The choices piece by piece as server-sent events; an error where `whole` has one."""
         try:
             async for piece in self._pieces():
                 yield _event(piece)
             if include_usage:
                 yield _event(self._form.closing(self._usage()))
-        except ClosedError as closed:
-            yield _event(_refusal(closed).body)
+        except (ClosedError, FloatingPointError) as ended:
+            yield _event(_refusal(ended).body)
         yield "data: [DONE]\n\n"
 
     def end(self) -> None:
@@ -129,7 +134,10 @@ class Answer:
                 pieces[index] = Choice(start=piece.start + len(piece.text))
 
     async def _draws(self) -> AsyncIterator[Drawn]:
-        """What the engine draws, until all requests have ended. Raises ClosedError where it ends before."""
+        """What the engine draws, until all requests have ended.
+
+        Raises ClosedError where it ends before, FloatingPointError for logits that are not finite.
+        """
         left = len(self._job.requests)
         while left:
             update = await self._job.updates.get()
@@ -137,6 +145,9 @@ class Answer:
                 self._outcome = "failed"
                 raise update
             assert isinstance(update, Drawn)
+            if update.event.finish_reason == "error":
+                self._outcome = "failed"
+            check_finite(update.event.logprob)
             if not self._drawn:
                 self._metrics.first_token.observe(time.monotonic() - self._came)
             self._drawn += 1
@@ -306,6 +317,7 @@ class Server:
                 param="n",
             )
         try:
+            check_length(body, prompts, max_tokens, self._max_length)
             wanted = requests(body, prompts, max_tokens, self._stop_tokens)
         except ValueError as cause:
             raise _refusal(cause) from cause
@@ -314,7 +326,7 @@ class Server:
 
     async def _refused(self, _: Request, refusal: Exception) -> Response:
         assert isinstance(refusal, RefusalError)
-        if refusal.status not in (LEFT, 503):
+        if refusal.status < LEFT:
             self._metrics.outcomes.labels("refused").inc()
         headers = {"Retry-After": str(RETRY_SECONDS)} if refusal.status == 429 else None
         return JSONResponse(refusal.body, refusal.status, headers)

@@ -6,6 +6,7 @@ that is not here is refused, not ignored: what it asks for would not be done.
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Collection, Sequence
@@ -124,6 +125,30 @@ class ChatBody(Body):
     top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
 
 
+FIELDS = CompletionBody.model_fields | ChatBody.model_fields
+
+
+def field_of(message: str) -> str | None:
+    """The first field of a body that a refusal names, whatever refused: settings are called the same everywhere."""
+    return next((word for word in re.findall(r"\w+", message) if word in FIELDS), None)
+
+
+def check_length(body: Body, prompts: Sequence[Sequence[int]], max_tokens: int, limit: int) -> None:
+    """Raise ValueError, naming the field, where a text would have more tokens than the server's `limit`."""
+    longest, chat = max(map(len, prompts)), isinstance(body, ChatBody)
+    if longest >= limit:
+        raise ValueError(
+            f"{'messages' if chat else 'prompt'}: {longest} tokens leave none of the {limit} that this server has for "
+            "prompt and answer together: shorten it"
+        )
+    if longest + max_tokens > limit:
+        name = "max_completion_tokens" if isinstance(body, ChatBody) and body.max_completion_tokens else "max_tokens"
+        raise ValueError(
+            f"{name}: {max_tokens} are more than the {limit - longest} that a prompt of {longest} tokens leaves of the "
+            f"{limit} that this server has for both: lower it or shorten the prompt"
+        )
+
+
 def requests(
     body: Body, prompts: Sequence[Sequence[int]], max_tokens: int, stop_tokens: Collection[int]
 ) -> list[Request]:
@@ -144,6 +169,8 @@ def error(message: str, kind: str = "invalid_request_error", param: str | None =
 def invalid_error(found: Sequence[Any]) -> Json:
     """The error of a body that is none, from what pydantic says of it."""
     first = found[0]
+    if isinstance(first["input"], bytes):
+        return error("the request has no header Content-Type: application/json, so its body is not read: add it")
     if first["type"] == "json_invalid":
         return error(f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}")
     param = str(first["loc"][1]) if len(first["loc"]) > 1 else None

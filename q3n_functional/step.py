@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -46,10 +47,9 @@ Step = Callable[[Inputs], Tensor]
 
 def pick_device(name: str) -> torch.device:
     """The device called `name`, "auto" being cuda where there is one, else cpu; ValueError for one that is not here."""
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    except RuntimeError as error:
-        raise ValueError(f"device is {name!r}, it must be auto, cpu or cuda") from error
+    if not re.fullmatch(r"auto|cpu|cuda(:\d\d?)?", name):
+        raise ValueError(f"device is {name!r}, it must be auto, cpu, cuda or cuda:N")
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {name!r}, but torch sees no CUDA card here: use auto or cpu")
     return device

@@ -55,9 +55,15 @@ def read(path: Path) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text. A special token that is spelt out in a text is text, not a token."""
+    """Token ids of each text. A special token that is spelt out in a text is text, not a token.
+
+    Raises ValueError for halves of characters, as Python reads bytes of the command line that are not UTF-8.
+    """
     tokenizer.encode_special_tokens = True
-    return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    try:
+        return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    except TypeError as error:  # the library's, of what it cannot make UTF-8 of
+        raise ValueError("the text has bytes that are not UTF-8: write it in UTF-8") from error
 
 
 def num_bytes(tokenizer: Tokenizer, ids: NDArray[np.integer]) -> int:
@@ -82,10 +88,12 @@ def files(tokenizer: Tokenizer) -> dict[str, bytes]:
 class Stream:
     """The text of tokens that come one by one, as far as it is certain, up to the first of the `stop` strings.
 
-    `stopped` says whether one has come; what is pushed then gives no text.
+    `stopped` says whether one has come; what is pushed then gives no text. Raises ValueError for an empty one.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        if "" in stop:
+            raise ValueError("a stop string is empty, which would end every text at once: leave it out")
         self.stopped = False
         self._tokenizer, self._stop = tokenizer, stop
         self._decoder = decoders.DecodeStream(skip_special_tokens=True)
@@ -112,8 +120,14 @@ class Stream:
 
 
 def stream(tokenizer: Tokenizer, ids: Iterable[int], stop: Sequence[str] = ()) -> Iterator[str]:
-    """The text of `ids`, piece by piece as it is certain, up to the first of the `stop` strings."""
-    pieces = Stream(tokenizer, stop)
+    """The text of `ids`, piece by piece as it is certain, up to the first of the `stop` strings.
+
+    Raises ValueError, at once, for one that is empty.
+    """
+    return _texts(Stream(tokenizer, stop), ids)
+
+
+def _texts(pieces: Stream, ids: Iterable[int]) -> Iterator[str]:
     for i in ids:
         yield pieces.push(i)
         if pieces.stopped:

@@ -109,7 +109,7 @@ def _train(job: Job, state: TrainState, storage: Storage | None) -> Path:
     loss, update = step.functions(config, shape, job.device, job.parallel)
     move = step.make_step(loss, update, state.model.params, state.optimizer, config, shape)
     log = metrics.Log(run, state.step) if job.where.lead else nullcontext()
-    with log as opened, train_state.Saver(run, job.config, storage) as saver, _Interrupt() as interrupt:
+    with log as opened, train_state.Saver(run, config, job.text.signature, storage) as saver, _Interrupt() as interrupt:
         with logging_redirect_tqdm():
             state, number = _loop(job, state, move, loss, opened, saver, interrupt)
         saver.wait()

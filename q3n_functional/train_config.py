@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
@@ -73,7 +74,7 @@ class TrainConfig:
     preset: str = "tiny"
     """The model: a preset's name or the path of a config.json; the options under model change it."""
     init_from: str = ""
-    """A Hugging Face folder to continue from; it brings its own config.json."""
+    """A Hugging Face folder, a checkpoint step-N or a run to continue from; it brings its own config.json."""
     resume: bool = False
     """Go on from the run's newest checkpoint, if it has one."""
     steps: int
@@ -135,7 +136,7 @@ def parse(arguments: Sequence[str], prog: str = "q3n train") -> TrainConfig:
     default = TrainConfig(run=tyro.MISSING, steps=tyro.MISSING, batch_size=tyro.MISSING, seq_len=tyro.MISSING,
                           data=data, model=base)  # fmt: skip
     config = tyro.cli(TrainConfig, default=default, args=arguments, prog=f"{prog} CONFIG.toml")
-    _check(config)
+    check_config(config)
     return config
 
 
@@ -150,7 +151,9 @@ def _base_model(arguments: Sequence[str], prog: str) -> Config:
     named = [a for a in arguments if a not in ("-h", "--help")]
     base, _ = tyro.cli(_Base, args=named, prog=prog, return_unknown_args=True)
     if base.init_from:
-        return Config.from_json(Path(base.init_from) / "config.json")
+        from q3n_functional.train_state import model_folder  # which itself imports this module
+
+        return Config.from_json(model_folder(Path(base.init_from)) / "config.json")
     if base.preset in PRESETS:
         return PRESETS[base.preset]()
     if not Path(base.preset).is_file():
@@ -163,7 +166,7 @@ def _toml_arguments(path: Path) -> list[str]:
         table = tomllib.loads(path.read_text())
     except FileNotFoundError as error:
         raise ValueError(f"{path} does not exist: the first argument is the run's TOML file") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from error
     _check_keys(table, TrainConfig, path)
     return [argument for key, value in _flat(table) for argument in _option(key, value)]
@@ -207,10 +210,12 @@ LEAST = {
     "seq_len": 2,
     "seed": 0,
     "timeout": 1,
+    "z_loss_coef": 0,
     "optimizer.lr": 0,
     "optimizer.warmup_steps": 0,
     "optimizer.weight_decay": 0,
-    "optimizer.clip_norm": 0,
+    "optimizer.eps": 0,
+    "optimizer.final_lr": 0,
     "output.validate_every": 0,
     "output.validation_batches": 1,
     "output.save_every": 0,
@@ -220,7 +225,8 @@ LEAST = {
 FRACTIONS = ("optimizer.beta1", "optimizer.beta2", "optimizer.momentum", "data.validation_fraction")
 
 
-def _check(c: TrainConfig) -> None:
+def check_config(c: TrainConfig) -> None:
+    """Raise ValueError, naming the key and what it may be, for values that are out of range or do not go together."""
     values, sample = flatten(c), c.output.sample
     for name, low in LEAST.items():
         if not values[name] >= low:
@@ -228,6 +234,14 @@ def _check(c: TrainConfig) -> None:
     for name in FRACTIONS:
         if not 0 <= values[name] < 1:
             raise ValueError(f"{name} is {values[name]}, it must be in [0, 1)")
+    # An infinite norm clips nothing; one of 0 would leave nothing of the gradient.
+    if not c.optimizer.clip_norm > 0:
+        raise ValueError(f"optimizer.clip_norm is {c.optimizer.clip_norm}, it must be above 0; inf for no limit")
+    if not 0 < c.optimizer.decay_fraction <= 1:
+        raise ValueError(f"optimizer.decay_fraction is {c.optimizer.decay_fraction}, it must be in (0, 1]")
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value) and name != "optimizer.clip_norm":
+            raise ValueError(f"{name} is {value}, it must be finite")
     if c.seed >= 1 << 32:
         raise ValueError(f"seed is {c.seed}, it must be below 2**32")
     if c.float8 != "none" and c.dtype != "bfloat16":

@@ -13,12 +13,14 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.utils._pytree as pytree
+from torch.distributed.checkpoint.api import CheckpointException
 
 from q3n_functional import checkpoint, optim
 from q3n_functional.checkpoint import Checkpoint
@@ -45,11 +47,12 @@ class TrainState(NamedTuple):
 class Saver:
     """Writes a run's checkpoints beside the training, one at a time, all ranks of `storage` together.
 
-    What cannot be written raises in the next `save`, `check` or `wait`.
+    `source` is the signature of what is trained on. What cannot be written raises in the next `save`, `check` or
+    `wait`: OSError, naming the folder, where the files are to blame.
     """
 
-    def __init__(self, run: Path, config: TrainConfig, storage: Storage | None = None) -> None:
-        self._run, self._config, self._storage = run, config, storage
+    def __init__(self, run: Path, config: TrainConfig, source: str, storage: Storage | None = None) -> None:
+        self._run, self._config, self._source, self._storage = run, config, source, storage
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._last: Future[None] | None = None
 
@@ -57,7 +60,7 @@ class Saver:
         """Copies `state` to the host and returns; its folder step-N appears when all of it is on the disk."""
         self.wait()
         copy = _on_host(state)
-        self._last = self._thread.submit(_write, self._run, copy, self._config, self._storage)
+        self._last = self._thread.submit(_write, self._run, copy, self._config, self._source, self._storage)
 
     def check(self) -> None:
         """Raises what went wrong with the last checkpoint, if that is known by now."""
@@ -89,25 +92,40 @@ def _on_host(state: TrainState) -> TrainState:
     return TrainState(state.step, state.model._replace(params=params), cast(optim.State, optimizer))
 
 
-def _write(run: Path, state: TrainState, config: TrainConfig, storage: Storage | None) -> None:
+def _write(run: Path, state: TrainState, config: TrainConfig, source: str, storage: Storage | None) -> None:
     """Writes run/step-N and deletes all but the newest `config.output.keep` checkpoints.
 
     The folder is written under another name, flushed to the disk and then renamed.
     """
     folder = run / f"step-{state.step}"
     partial, lead = folder.with_suffix(".tmp"), storage is None or storage.rank == 0
-    if lead:
-        _clear(run)
-        partial.mkdir()
-    barrier(storage)
-    distributed_checkpoint.save(partial / OPTIMIZER, optim.to_tensors(state.optimizer), storage)
-    _write_model(partial, state.model, storage)
-    barrier(storage)
-    if lead:
-        _seal(partial, state.step, config)
-        _rename(partial, folder)
-        _keep_newest(run, config.output.keep)
-    barrier(storage)
+    with _undone(folder, partial, lead):
+        if lead:
+            _clear(run)
+            partial.mkdir()
+        barrier(storage)
+        distributed_checkpoint.save(partial / OPTIMIZER, optim.to_tensors(state.optimizer), storage)
+        _write_model(partial, state.model, storage)
+        barrier(storage)
+        if lead:
+            _seal(partial, state.step, config, source)
+            _rename(partial, folder)
+            _keep_newest(run, config.output.keep)
+        barrier(storage)
+
+
+@contextmanager
+def _undone(folder: Path, partial: Path, lead: bool) -> Iterator[None]:
+    """Removes `partial` where the block fails, as it would keep a full disk full."""
+    try:
+        yield
+    except BaseException as error:  # CheckpointException is no Exception
+        if lead:
+            shutil.rmtree(partial, ignore_errors=True)
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        if isinstance(cause, OSError):
+            raise OSError(f"{folder} cannot be written ({cause}): make room for it, then --resume") from error
+        raise
 
 
 def _write_model(partial: Path, model: Checkpoint, storage: Storage | None) -> None:
@@ -127,10 +145,11 @@ def _write_model(partial: Path, model: Checkpoint, storage: Storage | None) -> N
         shutil.rmtree(shards)
 
 
-def _seal(partial: Path, step: int, config: TrainConfig) -> None:
+def _seal(partial: Path, step: int, config: TrainConfig, source: str) -> None:
     """Notes what must be there for the checkpoint to be complete, and flushes all of it."""
     sizes = {str(f.relative_to(partial)): f.stat().st_size for f in _files(partial)}
-    record = {"step": step, "files": sizes, "config": flatten(config), "torch": str(torch.__version__)}
+    version = str(torch.__version__)
+    record = {"step": step, "files": sizes, "config": flatten(config), "source": source, "torch": version}
     (partial / STATE).write_text(json.dumps(record, indent=1))
     _flush(partial)
 
@@ -182,7 +201,7 @@ def _is_complete(folder: Path) -> bool:
 
 
 def record(folder: Path) -> dict[str, Any]:
-    """What train_state.json of a checkpoint says: step, files with sizes, configuration, torch's version."""
+    """What train_state.json of a checkpoint says: step, files with sizes, configuration, source's signature, torch."""
     return dict(json.loads((folder / STATE).read_text()))
 
 

@@ -71,10 +71,10 @@ def main(folder: Path) -> None:
             launch.in_turn(functools.partial(run.mkdir, exist_ok=True))
             state, config = whole(number + 1), runs.config(folder / f"rank{where.rank}")
             if mesh is not None:
-                with Saver(run, config, storages[mesh]) as saver:
+                with Saver(run, config, "", storages[mesh]) as saver:
                     saver.save(sharded(state, mesh, where.rank))
             elif where.lead:
-                with Saver(run, config) as saver:
+                with Saver(run, config, "") as saver:
                     saver.save(state)
             dist.barrier()
             (written,) = train_state.complete(run)

@@ -242,6 +242,19 @@ def test_one_graph_serves_all_requests(monkeypatch, drafts):
         check(request, found[number])
 
 
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_logits_that_are_not_finite_fail_their_request_alone(drafts):
+    embedding = TREE.embed_tokens.clone()
+    embedding[7] = torch.nan
+    params = TREE._replace(embed_tokens=embedding)
+    made = dataclasses.replace(engine(rows=1, drafts=drafts, prefix_bytes=10**9), params=params)
+    other = Request(prompt=[1, 2, 3], max_new_tokens=9, options=Options(seed=3))
+    failed, number = made.submit(Request(prompt=[*SYSTEM, 7], max_new_tokens=9, stop_tokens=[0])), made.submit(other)
+    found = drained(made)
+    assert [(e.finish_reason, e.text) for e in found[failed]] == [("error", "")]
+    check(other, found[number])
+
+
 def test_what_is_refused():
     made = engine(max_queue=1)
     for request, message in (
@@ -252,6 +265,7 @@ def test_what_is_refused():
             Request(prompt=[1] * 60, max_new_tokens=5),
             "60 prompt tokens and max_new_tokens 5 make 65, above the engine's capacity of 64: shorten one of them",
         ),
+        (Request(prompt=[1], max_new_tokens=2.5), "max_new_tokens must be an integer, got 2.5"),
         (Request(prompt=[1], max_new_tokens=300), "max_position_embeddings 256"),
         (Request(prompt=[1], max_new_tokens=1, options=Options(logit_bias={257: 1})), "a token of logit_bias must be"),
         (Request(prompt=[1], max_new_tokens=1, stop=("a", "")), "stop strings need a tokenizer, and none may be emp"),

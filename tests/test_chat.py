@@ -1,7 +1,10 @@
 """Chat templates as Hugging Face folders have them, and conversations in the terminal."""
 
 import json
+import logging
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +13,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from q3n_functional import chat, checkpoint, cli, tokenizer
+from q3n_functional.ops import registration
 from q3n_functional.sampling import Options
 from tests.configs import small
 from tests.servers import CONFIG, SOURCE, TEMPLATE, TREE, WORDS, alone
@@ -106,6 +110,26 @@ def test_stop_tokens_are_those_of_both_files(tmp_path):
     assert chat.stop_tokens(tmp_path, small(eos_token_id=3)) == (3, 5)
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("{", "is not JSON: "),
+        ("[]", r"holds \[\], it must be an object such as {}: correct or remove it"),
+        ("null", "holds None, it must be an object"),
+        ('{"eos_token_id": "x"}', r"eos_token_id contains 'x'; token ids are integers in \[0, 257\): correct it"),
+        ('{"eos_token_id": [1.5]}', "eos_token_id contains 1.5; "),
+        ('{"eos_token_id": [3, 257]}', "eos_token_id contains 257; "),
+        ('{"eos_token_id": true}', "eos_token_id contains True; "),
+    ],
+)
+def test_a_generation_config_that_names_no_tokens_is_refused(folder, tmp_path, monkeypatch, content, told):
+    made = shutil.copytree(folder, tmp_path / "model")
+    (made / "generation_config.json").write_text(content)
+    monkeypatch.setattr(checkpoint, "load", None)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(made))}/generation_config.json:? {told}"):
+        chat.load(made, None, "cpu")
+
+
 def test_room():
     assert [chat.room(CONFIG, n) for n in (0, 5, 1024)] == [1024, 5, 1024]
     assert chat.room(small(max_position_embeddings=10**6), 0) == 8192
@@ -130,6 +154,16 @@ def test_a_talk_remembers_what_was_said(folder, monkeypatch, capsys):
         messages.append({"role": "assistant", "content": answer})
         expected += answer + "\n"
     assert capsys.readouterr().out == expected
+
+
+def test_what_is_logged_comes_behind_the_answer(folder, monkeypatch, capsys, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [logging.StreamHandler(sys.stdout)])
+    monkeypatch.setattr(chat, "_lines", lambda: ["Hi"])
+    registration._say_once.cache_clear()
+    cli.main(["chat", str(folder), "--max-new-tokens", "9", "--seed", "4"])
+    answer = alone(chat.encode(WORDS, TEMPLATE, [{"role": "user", "content": "Hi"}]), 9, Options(seed=4))
+    assert capsys.readouterr().out.startswith(answer + "\nq3n::")
 
 
 def test_a_turn_that_is_too_long_is_said_and_forgotten(folder, monkeypatch, capsys):
@@ -165,13 +199,25 @@ def test_a_bias_outside_the_vocabulary_is_refused_before_weights_are_read(folder
 
 def test_an_interrupt_ends_the_answer_alone(folder):
     """In a process of its own: SIGINT while it writes, then another turn."""
-    command = [sys.executable, "-m", "q3n_functional", "chat", str(folder), "--max-new-tokens", "900"]
+    letters = {65 + i: 30.0 for i in range(4)}  # no line breaks
+    options = Options(seed=4, logit_bias=letters)
+    command = [sys.executable, "-m", "q3n_functional", "chat", str(folder), "--max-new-tokens", "450", "--seed", "4"]
+    command += ["--logit-bias", *(str(x) for pair in letters.items() for x in pair)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, **pipes) as process:
         process.stdin.write(b"Hi\n")
         process.stdin.flush()
-        assert os.read(process.stdout.fileno(), 1)
+        first = os.read(process.stdout.fileno(), 1)
         process.send_signal(signal.SIGINT)
+        process.stdin.write(b"And you?\n")
         rest, _ = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert len(rest) < 3000
+
+    def answer(*said):
+        turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+        return alone(chat.encode(WORDS, TEMPLATE, turns), 450, options)
+
+    cut_off, behind, _ = (first + rest).decode().split("\n")
+    assert answer("Hi").startswith(cut_off)
+    assert 0 < len(cut_off) < 450
+    assert behind == answer("Hi", cut_off, "And you?")

@@ -1,7 +1,9 @@
 """The command line, in a process of its own where that matters."""
 
+import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from expecttest import assert_expected_inline
 
 from q3n_functional import checkpoint, cli, generate, params, tokenizer, train
 from q3n_functional.config import PRESETS
+from q3n_functional.ops import registration
 from tests import runs
 from tests.configs import small
 
@@ -247,6 +250,18 @@ def test_mistakes_are_one_line(capsys, tmp_path, trained):
     target = f"{tmp_path} exists: choose another target or remove it"
     assert failure(capsys, "convert", trained, tmp_path) == target
     assert "temperature must be 0" in failure(capsys, "generate", trained, "a", "--temperature", "-1")
+    assert "a stop string is empty" in failure(capsys, "generate", trained, "a", "--max-new-tokens=9", "--stop", "")
+    assert failure(capsys, "generate", trained, "h\udcff") == "the text has bytes that are not UTF-8: write it in UTF-8"
+    assert failure(capsys, "generate", trained, "a", "--mesh.tp", "0") == "mesh.tp is 0, it must be at least 1"
+
+
+def test_files_that_cannot_be_read_or_written_are_one_line(capsys, tmp_path, trained, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for command in ("train", "profile"):
+        assert failure(capsys, command, tmp_path) == f"[Errno 21] Is a directory: '{tmp_path}'"
+    monkeypatch.setattr(os, "fsync", lambda _: (tmp_path / "file/x").open())  # raises, as a full disk does
+    assert f"{tmp_path}/new cannot be written (" in failure(capsys, "convert", trained, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_train_then_generate_in_their_own_processes(tmp_path):
@@ -288,13 +303,36 @@ def test_generate_streams_up_to_a_stop_string(trained, capsys):
     assert short == "DUKE." + whole[5 : whole.index(letter, 5)] + "\n"
 
 
-def test_generate_ends_at_the_end_token(trained, capsys, monkeypatch):
+def test_generate_ends_at_the_end_tokens(trained, tmp_path, capsys, monkeypatch):
+    folder = shutil.copytree(trained / "step-10/model", tmp_path / "model")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5]}')
     monkeypatch.setattr(generate, "generate", lambda *a, stop_tokens, **k: iter(stop_tokens))
-    words = tokenizer.read(trained / "step-10/model/tokenizer.json")
+    words = tokenizer.read(folder / "tokenizer.json")
     seen = []
     monkeypatch.setattr(tokenizer, "stream", lambda words, ids, stop: seen.extend(ids) or [])
-    output(capsys, "generate", trained, "DUKE.")
-    assert seen == [words.token_to_id(tokenizer.END)]
+    output(capsys, "generate", folder, "DUKE.")
+    assert seen == [words.token_to_id(tokenizer.END), 5]
+
+
+def test_what_is_logged_comes_behind_the_text(trained, capsys, caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [logging.StreamHandler(sys.stdout)])
+    registration._say_once.cache_clear()
+    said = output(capsys, "generate", trained, "DUKE.", "--max-new-tokens=9", "--seed=3", "--draft-tokens=1")
+    text, _, lines = said.partition("\nq3n::")
+    assert len(text) > len("DUKE.")
+    assert lines.splitlines()[-1].startswith("accepted ")
+
+
+def test_an_error_amid_the_text_begins_a_line(trained, tmp_path, capsys):
+    model = checkpoint.load(trained / "step-10/model")
+    model.params.norm.fill_(torch.nan)
+    checkpoint.save(tmp_path / "nan", model.params, model.config, model.dtypes, model.extras)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["generate", str(tmp_path / "nan"), "DUKE.", "--max-new-tokens=9"])
+    out, err = capsys.readouterr()
+    assert out == "DUKE.\n"
+    assert err.startswith("q3n: the logits are not finite (a token's log-probability is nan): the model's weights are")
 
 
 def test_convert_changes_the_precision_and_keeps_the_rest(trained, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Sources, tokenizers, splits and batches."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -101,6 +102,14 @@ def test_stream_stops_at_the_first_stop_string_and_loses_nothing_else(stop, expe
     assert "".join(tokenizer.stream(words, ids, stop)) == expected
 
 
+def test_what_a_stream_and_encode_refuse():
+    words = tokenizer.train_bpe([], tokenizer.BYTES)
+    with pytest.raises(ValueError, match="a stop string is empty, which would end every text at once: leave it out"):
+        tokenizer.stream(words, [], ("a", ""))
+    with pytest.raises(ValueError, match="the text has bytes that are not UTF-8: write it in UTF-8"):
+        tokenizer.encode(words, ["h\udcff"])
+
+
 def test_stream_gives_text_as_soon_as_it_is_certain():
     words, ids = byte_ids("abcd")
     pieces = tokenizer.stream(words, ids, ("cx",))
@@ -138,6 +147,35 @@ def test_tokens_are_made_once_for_a_text_and_a_tokenizer(source, tmp_path, monke
     corpus.tokenize(source, words, tmp_path)
     assert len(calls) == 2
     assert words.decode(np.load(path).tolist()) == "another text"
+
+
+@pytest.mark.parametrize("lost", ["tokens.npy", "tokens.documents.npy", "tokens.json"])
+def test_tokens_of_which_a_file_is_lost_are_made_again(lines, tmp_path, lost):
+    words = tokenizer.train_bpe([], tokenizer.BYTES)
+    whole = corpus.read(corpus.tokenize(lines, words, tmp_path), 257)
+    if lost == "tokens.json":
+        (tmp_path / lost).write_text("")  # as a crash may leave it
+    else:
+        (tmp_path / lost).unlink()
+    again = corpus.read(corpus.tokenize(lines, words, tmp_path), 257)
+    assert again.ids.tolist() == whole.ids.tolist()
+    assert again.starts.tolist() == whole.starts.tolist()
+
+
+def test_document_starts_belong_to_what_a_source_is_known_by(tmp_path):
+    np.save(tmp_path / "ids.npy", np.arange(9))
+    found = [corpus.signature(tmp_path / "ids.npy")]
+    for starts in ([0, 3], [0, 4]):
+        np.save(tmp_path / "ids.documents.npy", np.array(starts))
+        found.append(corpus.signature(tmp_path / "ids.npy"))
+    assert len(set(found)) == 3
+
+
+def test_tokens_that_cannot_be_written_leave_nothing(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda _: os.open(tmp_path, os.O_WRONLY))  # raises, as a full disk does
+    with pytest.raises(OSError, match=r"tokens\.npy cannot be written \(.*make room for it, or choose another --run"):
+        corpus.tokenize(source, tokenizer.train_bpe([], tokenizer.BYTES), tmp_path)
+    assert list(tmp_path.iterdir()) == [source]
 
 
 def test_an_interrupted_tokenisation_is_not_used(source, tmp_path, monkeypatch):

@@ -248,6 +248,15 @@ def test_stop_tokens_end_the_text():
     assert list(generate(tree, [5], config=config, max_new_tokens=0)) == []
 
 
+@pytest.mark.parametrize("draft_tokens", [0, 2])
+def test_logits_that_are_not_finite_are_an_error(draft_tokens):
+    config = config_of(num_nextn_predict_layers=1, eos_token_id=0)
+    tree = tree_of(config)
+    tree = tree._replace(lm_head=tree.lm_head * torch.nan)
+    with pytest.raises(FloatingPointError, match=r"logits are not finite \(a token's log-probability is nan\)"):
+        list(generate(tree, [1], config=config, max_new_tokens=3, stop_tokens=[0], draft_tokens=draft_tokens))
+
+
 def test_what_is_refused():
     config = config_of()
     tree = tree_of(config)
@@ -261,6 +270,9 @@ def test_what_is_refused():
             "1 prompt tokens and max_new_tokens 256 make 257, above max_position_emb",
         ),
         ([1], {"max_new_tokens": -1}, "max_new_tokens must be 0 or more, got -1"),
+        ([1], {"max_new_tokens": 2.5}, "max_new_tokens must be an integer, got 2.5"),
+        ([1, "a"], {}, "a token of the prompt must be an integer, got 'a'"),
+        (torch.tensor([1]), {}, r"the prompt is a Tensor, it must be a list of tokens, such as x.tolist\(\)"),
         ([1], {"options": Options(logit_bias={64: 1})}, r"a token of logit_bias must be in \[0, 64\), got 64"),
         ([1], {"chunk_length": 0}, "chunk_length must be 1 or more, got 0"),
     ):

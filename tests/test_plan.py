@@ -1,6 +1,7 @@
 """Plans of steps on cards that are not here, held against the steps that are."""
 
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from q3n_functional import cli, flops, params, plan_search
 from q3n_functional.config import PRESETS
 from q3n_functional.ops import gated_delta_rule, grouped_swiglu
+from q3n_functional.parallel import placement
 from q3n_functional.parallel.mesh import Mesh, parse
 from q3n_functional.parallel.rules import named_layouts
 from q3n_functional.plan import BACKEND, plan, run
@@ -212,7 +214,7 @@ def test_search_ranks_what_fits():
     # Rows enough for four ranks: none need share one.
     assert all(mesh.cp == 1 for mesh in plan_search.meshes(config, 4, H100))
     assert any(mesh.cp == 2 for mesh in plan_search.meshes(replace(config, batch_size=2), 4, H100))
-    with pytest.raises(ValueError, match="GiB of each of 4 ranks at least, a H100 SXM has"):
+    with pytest.raises(ValueError, match="GiB of each of 4 ranks at least, one H100 SXM has"):
         plan_search.search(replace(config, model=LARGE), 4, H100)
     with pytest.raises(ValueError, match="no mesh of 7 ranks can share 4 rows of 64 tokens"):
         plan_search.search(config, 7, H100)
@@ -256,7 +258,23 @@ def test_mistakes_on_the_command_line(capsys):
         """\
 q3n: give either --mesh, such as dp=4,tp=2, or --search with --gpus
 q3n: give either --mesh, such as dp=4,tp=2, or --search with --gpus
-q3n: a row has 4096 tokens, which are cut into cp x tp = 3 pieces: use a multiple
+q3n: mesh.tp is 3, but vocab_size is 512, not a multiple of it; this model allows tp 1, 2
 q3n: a batch has 3 rows, which replicate x dp x ep = 2 ranks cannot share: use a multiple
 """,
     )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("--batch-size=-4", r"batch_size is -4, it must be at least 1"),
+        ("--seq-len=0", r"seq_len is 0, it must be at least 2"),
+        ("--picture=nowhere/plan.png", r"picture nowhere/plan\.png lies in nowhere, which is no folder"),
+        ("--picture=plan.xyz", r"picture plan\.xyz must end in one of .*\.png"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_work(wrong, message, capsys, monkeypatch):
+    monkeypatch.setattr(placement, "connect", None)
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "tiny", "--mesh=dp=2", wrong])
+    assert re.search(message, capsys.readouterr().err)

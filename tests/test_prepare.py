@@ -1,5 +1,6 @@
 """What a run starts from, and run folders and data that do not fit."""
 
+import json
 import logging
 
 import pytest
@@ -28,6 +29,16 @@ def test_another_configuration_does_not_resume(finished, change, message):
         run(finished, "--resume", change)
 
 
+def test_another_text_does_not_resume(tmp_path):
+    state = run(tmp_path, "--steps=1") / "train_state.json"
+    (tmp_path / "play.txt").write_text("another text " * 999)
+    with pytest.raises(ValueError, match=r"step-1 cannot be resumed: .*play\.txt is not what it was.*--init-from"):
+        run(tmp_path, "--steps=1", "--resume")
+    older = {name: value for name, value in json.loads(state.read_text()).items() if name != "source"}
+    state.write_text(json.dumps(older))
+    run(tmp_path, "--steps=1", "--resume")
+
+
 def test_resuming_a_finished_run_trains_no_further(finished):
     before = (finished / "run/metrics.jsonl").read_bytes()
     run(finished, "--resume", "--output.validate-every=7")
@@ -38,6 +49,12 @@ def test_resuming_nothing_starts(finished, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     run(tmp_path, "--resume", "--steps=1")
     assert "no complete checkpoint: starting at step 0" in caplog.text
+
+
+def test_init_from_takes_a_run(finished, tmp_path):
+    words = f"--data.tokenizer={finished / 'run/step-10/model/tokenizer.json'}"
+    run(tmp_path, f"--init-from={finished / 'run'}", words, "--steps=1", "--optimizer.lr=0")
+    assert_same_weights(tmp_path / "run/step-1", finished / "run/step-10")
 
 
 def test_init_from_continues_the_weights_with_changed_options(finished, tmp_path):
@@ -67,6 +84,13 @@ def test_data_that_does_not_fit_is_refused(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         run(tmp_path, *changes)
     assert not list(tmp_path.glob("run/step-*"))
+
+
+def test_a_run_in_a_file_is_refused(tmp_path):
+    (tmp_path / "run").write_text("")
+    for name in ("run", "run/x"):
+        with pytest.raises(ValueError, match=rf"run .*/{name} cannot be made .*: choose another --run"):
+            run(tmp_path, f"--run={tmp_path / name}")
 
 
 def test_an_empty_text_is_refused(tmp_path):

@@ -174,22 +174,27 @@ def test_drafts_change_no_text_and_are_counted():
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 REFUSED = [
-    (COMPLETIONS, {"prompt": "a", "max_tokens": 128}, 400, "1 prompt tokens and max_new_tokens 128 make 129, above the "
-     "engine's capacity of 128: shorten one of them", None),
+    (COMPLETIONS, {"prompt": "a", "max_tokens": 10**30}, 400, f"max_tokens: {10**30} are more than the 127 that a "
+     "prompt of 1 tokens leaves of the 128 that this server has for both: lower it or shorten the prompt",
+     "max_tokens"),
+    (COMPLETIONS, {"prompt": "a" * 3000}, 400, "prompt: 3000 tokens leave none of the 128 that this server has for "
+     "prompt and answer together: shorten it", "prompt"),
     (COMPLETIONS, {"prompt": ""}, 400, "the prompt has no tokens: give at least one, such as the beginning-of-text "
-     "token", None),
-    (COMPLETIONS, {"prompt": [300]}, 400, "the prompt's tokens must lie in [0, 257), got 300 to 300", None),
+     "token", "prompt"),
+    (COMPLETIONS, {"prompt": [300]}, 400, "the prompt's tokens must lie in [0, 257), got 300 to 300", "prompt"),
     (COMPLETIONS, {}, 400, "prompt: Field required", "prompt"),
     (COMPLETIONS, {"prompt": "a", "user_id": 3}, 400, "user_id: this server has no such field: leave it out",
      "user_id"),
     (COMPLETIONS, {"prompt": "a", "temperature": -1}, 400, "temperature must be 0 (the likeliest token) or more, got "
-     "-1.0", None),
+     "-1.0", "temperature"),
+    (COMPLETIONS, {"prompt": "a", "frequency_penalty": 3}, 400, "frequency_penalty must be in [-2, 2], 0 for none, got "
+     "3.0", "frequency_penalty"),
     (COMPLETIONS, {"prompt": "a", "top_k": 2**40}, 400, "top_k: Input should be less than 2147483648, got "
      "1099511627776", "top_k"),
     (COMPLETIONS, {"prompt": "a", "seed": 2**70}, 400, "seed must be a signed 64-bit integer, got "
-     "1180591620717411303424", None),
+     "1180591620717411303424", "seed"),
     (COMPLETIONS, {"prompt": "a", "logit_bias": {"999": 1}}, 400, "a token of logit_bias must be in [0, 257), got 999",
-     None),
+     "logit_bias"),
     (COMPLETIONS, {"prompt": "a", "stop": [""]}, 400, "stop", "stop"),
     (COMPLETIONS, {"prompt": "a", "logprobs": 5}, 400, "logprobs: Input should be less than or equal to 0, got 5",
      "logprobs"),
@@ -212,8 +217,10 @@ REFUSED = [
     (CHAT, {"messages": []}, 400, "messages: List should have at least 1 item after validation, not 0", "messages"),
     (CHAT, {"messages": [{"role": "robot", "content": "a"}]}, 400, "messages.0.role: Input should be 'system', "
      "'developer', 'user' or 'assistant', got 'robot'", "messages"),
-    (CHAT, {"messages": [{"role": "user", "content": "a" * 200}]}, 400, "217 prompt tokens and max_new_tokens 1 make "
-     "218, above the engine's capacity of 128: shorten one of them", None),
+    (CHAT, {"messages": [{"role": "user", "content": "a" * 3000}]}, 400, "messages: 3017 tokens leave none of the 128 "
+     "that this server has for prompt and answer together: shorten it", "messages"),
+    (CHAT, {"messages": [{"role": "user", "content": "a"}], "max_completion_tokens": 200}, 400,
+     "max_completion_tokens: 200 are more than the 110 that a prompt of 18 tokens leaves", "max_completion_tokens"),
     ("/v1/embeddings", {}, 404, "POST /v1/embeddings: Not Found", None),
     ("/health", {}, 405, "POST /health: Method Not Allowed", None),
 ]  # fmt: skip
@@ -227,6 +234,12 @@ def test_what_is_refused_is_said_as_openai_says_it(tiny, path, body, status, mes
     assert (reply.status_code, told["param"], told["type"]) == (status, param, "invalid_request_error")
     assert told["message"].startswith(message)
     assert len(told["message"]) < 300
+
+
+def test_a_body_that_is_not_called_json_is_refused(tiny):
+    reply = httpx.post(tiny[1] + COMPLETIONS, content=b'{"prompt": "a"}', headers={"Content-Type": "text/plain"})
+    told = "the request has no header Content-Type: application/json, so its body is not read: add it"
+    assert (reply.status_code, reply.json()["error"]["message"]) == (400, told)
 
 
 def test_without_a_template_there_is_no_chat():
@@ -266,6 +279,8 @@ def test_the_command_serves_until_it_is_told_to_end(folder):
     ("option", "told"),
     [
         (("--capacity", "0"), "capacity must be 1 or more, got 0"),
+        (("--port", "99999"), "port must be in [0, 65535], 0 for one that is free, got 99999"),
+        (("--port", "-1"), "port must be in [0, 65535], 0 for one that is free, got -1"),
         (("--max-length", "2000"), "max_length must be 1 to 1024, the model's positions, or 0 to choose; got 2000"),
         (("--max-queue", "0"), "max_queue must be 1 or more, got 0"),
         (("--draft-tokens", "-1"), "draft_tokens must be 0 (none) or more, got -1"),

@@ -134,6 +134,7 @@ def test_on_the_way_down_streams_end_cleanly():
     with served(made) as (http, server, address), httpx.stream("POST", address + COMPLETIONS, json=LONG) as reply:
         lines = reply.iter_lines()
         assert json.loads(next(lines).removeprefix("data: "))["choices"][0]["index"] == 0
+        until(lambda: made.few < 0)  # it waits
         http.should_exit = True
         until(lambda: server.thread._commands.qsize() == 1)
         made.gate.set()

@@ -164,5 +164,6 @@ def test_devices_that_are_not_here_are_named(monkeypatch):
     assert step.pick_device("auto") == torch.device("cpu")
     with pytest.raises(ValueError, match="device is 'cuda', but torch sees no CUDA card here"):
         step.pick_device("cuda")
-    with pytest.raises(ValueError, match="device is 'gpu', it must be auto, cpu or cuda"):
-        step.pick_device("gpu")
+    for name in ("gpu", "meta", "cuda:x"):
+        with pytest.raises(ValueError, match=f"device is '{name}', it must be auto, cpu, cuda or cuda:N"):
+            step.pick_device(name)

@@ -35,6 +35,13 @@ from tests import runs
         ("float8 = 'linears'", r"float8 is 'linears' with dtype 'float32': it is between bfloat16 tensors, so set"),
         ("dtype = 'bfloat16'\nfloat8 = 'linears'\n[mesh]\nep = 2", r"float8 is 'linears' with a mesh of 2 ranks"),
         ("[optimizer]\nlr = nan", r"optimizer\.lr is nan, it must be at least 0"),
+        ("[optimizer]\nlr = inf", r"optimizer\.lr is inf, it must be finite"),
+        ("[optimizer]\neps = -1.0", r"optimizer\.eps is -1\.0, it must be at least 0"),
+        ("[optimizer]\nfinal_lr = -5.0", r"optimizer\.final_lr is -5\.0, it must be at least 0"),
+        ("[optimizer]\nclip_norm = 0.0", r"optimizer\.clip_norm is 0\.0, it must be above 0; inf for no limit"),
+        ("[optimizer]\ndecay_fraction = 0.0", r"optimizer\.decay_fraction is 0\.0, it must be in \(0, 1\]"),
+        ("z_loss_coef = nan", r"z_loss_coef is nan, it must be at least 0"),
+        ("timeout = inf", r"timeout is inf, it must be finite"),
         ("[output.sample]\ntop_p = 0.0", r"top_p must be above 0"),
         ("[output.sample]\nmax_new_tokens = 3\nprompt = ''", r"output\.sample\.prompt is empty"),
     ],
@@ -46,6 +53,12 @@ def test_toml_files_are_strict(tmp_path, toml, message):
     path.write_text(head + (toml if toml.startswith("[data]") else toml + "\n[data]") + '\nsource = "a.txt"\n')
     with pytest.raises(ValueError, match=message):
         train_config.parse([str(path)])
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "bin.toml").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"bin\.toml is not TOML: 'utf-8' codec"):
+        train_config.parse([str(tmp_path / "bin.toml")])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Checkpoints that are complete or absent."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -51,6 +52,16 @@ def test_a_damaged_checkpoint_is_passed_over(finished, tmp_path, damage):
     assert [p.name for p in train_state.complete(tmp_path / "run")] == ["step-5"]
     run(tmp_path, "--resume", "--output.save-every=5")
     assert runs.rows(tmp_path) == runs.rows(finished)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    settings = runs.config(tmp_path, "--output.save-every=3")
+    with pytest.raises(OSError, match=r"step-3 cannot be written \(.*No space left.*\): make room for it, then"):
+        runs.interrupt_at(settings, 2, lambda: monkeypatch.setattr(os, "fsync", full))
+    assert not list((tmp_path / "run").glob("step-*"))
 
 
 def test_the_newest_checkpoints_are_kept(tmp_path):
