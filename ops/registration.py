@@ -18,6 +18,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, library
 from torch._ops import OpOverload
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 Impl = Literal["auto", "reference", "triton"]
 IMPLS = get_args(Impl)
@@ -61,6 +62,7 @@ def is_readable(x: Tensor) -> bool:
         and type(x) is Tensor
         and x.device.type == "cpu"
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        and get_proxy_mode() is None
     )
 
 

@@ -61,8 +61,8 @@ def _check_rows(cu_seqlens: Tensor, length: int) -> None:
     if crossing.any():
         n = int(crossing.int().argmax())
         raise ValueError(
-            f"document {n} has tokens {int(begins[n])} to {int(ends[n])}, over the end of a row of {length}: cut it "
-            "there"
+            f"document {n} has tokens {int(begins[n])} to {int(ends[n])}, over the end of a row of {length}: "
+            "cut it there"
         )
 
 

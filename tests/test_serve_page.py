@@ -1,5 +1,6 @@
 """The page for trying prompts, in a real browser without a window."""
 
+import json
 import shutil
 
 import pytest
@@ -7,7 +8,7 @@ from playwright.sync_api import expect, sync_playwright
 
 from q3n_functional import chat
 from q3n_functional.sampling import Options
-from tests.servers import TEMPLATE, WORDS, alone, engine, served, until
+from tests.servers import END, TEMPLATE, WORDS, alone, engine, served, until
 
 CHROMIUM = shutil.which("chromium")
 
@@ -85,7 +86,14 @@ def test_what_is_refused_is_shown(page, address):
     expect(page.locator("#error")).to_have_text("")
 
 
+def endless(route):
+    """Asks for the same without an end of its own."""
+    asked = {**route.request.post_data_json, "logit_bias": {str(END): -100}}
+    route.continue_(post_data=json.dumps(asked))
+
+
 def test_stop_ends_the_writing(page, address):
+    page.route("**/v1/completions", endless)
     page.goto(address)
     write(page, "a", tokens=1000, seed=3, chat=False)
     expect(page.locator("#status")).to_contain_text("pieces")
