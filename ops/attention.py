@@ -98,7 +98,7 @@ def _check_keys(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, lengths: Tensor
             f"keys {tuple(keys.shape)} are offsets beside cu_seqlens of the same shape, without lengths, and "
             f"{len(q)} rows of queries need as many of keys, got {len(k)}"
         )
-    check_documents(keys, k.shape[0] * k.shape[1], "keys")
+    check_documents(keys, k.shape[0] * k.shape[1], "keys", from_first=False)
 
 
 class Span(NamedTuple):

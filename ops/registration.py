@@ -37,8 +37,8 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def check_documents(cu_seqlens: Tensor | None, tokens: int, name: str = "cu_seqlens") -> None:
-    """Raise ValueError where `cu_seqlens` are not offsets of documents in so many tokens.
+def check_documents(cu_seqlens: Tensor | None, tokens: int, name: str = "cu_seqlens", from_first: bool = True) -> None:
+    """Raise ValueError where `cu_seqlens` are not offsets of documents in so many tokens, `from_first` on or later.
 
     Their values are looked at where `is_readable`, elsewhere their dtype and shape alone.
     """
@@ -48,8 +48,8 @@ def check_documents(cu_seqlens: Tensor | None, tokens: int, name: str = "cu_seql
         raise ValueError(f"{name} must be int32 [S+1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
     if not is_readable(cu_seqlens):
         return
-    begin = cu_seqlens[0] if name == "keys" else 0  # which may leave out the first
-    if not 0 <= cu_seqlens[0] <= begin or cu_seqlens[-1] > tokens or (cu_seqlens.diff() < 0).any():
+    begins = cu_seqlens[0] == 0 if from_first else cu_seqlens[0] >= 0
+    if not begins or cu_seqlens[-1] > tokens or (cu_seqlens.diff() < 0).any():
         raise ValueError(
             f"{name} must be offsets into {tokens} tokens, from 0 on, that never fall, got {_shown(cu_seqlens)}"
         )

@@ -116,7 +116,15 @@ class TrainConfig:
 
 
 FREE_ON_RESUME = (
-    *("run", "resume", "device", "compile", "cuda_graph", "overlap", "reshard_after_forward", "timeout", "output"),
+    "run",
+    "resume",
+    "device",
+    "compile",
+    "cuda_graph",
+    "overlap",
+    "reshard_after_forward",
+    "timeout",
+    "output",
     "mesh",
 )
 """Keys that a resumed run may change, because the training does not depend on them."""

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -148,18 +149,28 @@ def step_of(log, recompute, reshard=True):
     return lambda: loss()[0], lambda value: torch.autograd.grad(value, list(named_leaves(tree).values()))
 
 
-@pytest.mark.usefixtures("two_ranks")
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo does, and tells itself
-@pytest.mark.parametrize("recompute", ["none", "selective"])
-def test_parts_are_sent_for_before_the_one_that_runs_and_are_gone_behind_it(log, recompute):
+@contextmanager
+def uncollected(log, recompute, reshard=True):
+    """That step, compiled, while nothing but the counts of references frees memory."""
     torch._dynamo.reset()
-    loss, gradients = step_of(log, recompute)
+    loss, gradients = step_of(log, recompute, reshard)
     gradients(loss())  # compiles, which leaves cycles behind
     assert not log.copies
     gc.collect()
     log.forget()
     gc.disable()
     try:
+        yield loss, gradients
+    finally:
+        gc.enable()
+        torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("two_ranks")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo does, and tells itself
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+def test_parts_are_sent_for_before_the_one_that_runs_and_are_gone_behind_it(log, recompute):
+    with uncollected(log, recompute) as (loss, gradients):
         value = loss()
         # The embedding, two layers, and what is behind them.
         assert log.told() == "G0 G1 g0 G2 g1 F G3 g2 F g3 F"
@@ -172,21 +183,12 @@ def test_parts_are_sent_for_before_the_one_that_runs_and_are_gone_behind_it(log,
         assert log.whole() == []
         del value
         assert log.flights[0]() is None
-    finally:
-        gc.enable()
-        torch._dynamo.reset()
 
 
 @pytest.mark.usefixtures("two_ranks")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_parts_may_keep_what_was_gathered_for_their_backward(log):
-    torch._dynamo.reset()
-    loss, gradients = step_of(log, "none", reshard=False)
-    gradients(loss())
-    gc.collect()
-    log.forget()
-    gc.disable()
-    try:
+    with uncollected(log, "none", reshard=False) as (loss, gradients):
         value = loss()
         assert log.told() == "G0 G1 g0 G2 g1 F G3 g2 F g3 F"
         assert log.whole() == [1, 2, 3]  # the embedding's gradient needs no table
@@ -196,6 +198,3 @@ def test_parts_may_keep_what_was_gathered_for_their_backward(log):
         assert log.whole() == []
         del value
         assert log.flights[0]() is None
-    finally:
-        gc.enable()
-        torch._dynamo.reset()

@@ -35,6 +35,7 @@ import torch.utils._pytree as pytree
 
 from q3n_functional import compiled, cuda_graph, model, optim, params
 from q3n_functional import plan as planner
+from q3n_functional import step as training_step
 from q3n_functional.config import PRESETS, Config
 from q3n_functional.parallel import launch, mesh, placement, rules
 from q3n_functional.plan_cards import CARDS
@@ -104,7 +105,7 @@ def stepper(
     """A whole step of this rank."""
     graph = implementation in (ONE_GRAPH, GRAPH)
     kept = implementation == KEPT or (implementation == GRAPH and layout.dp > 1)
-    dtype, parallel = torch.float32 if tiny else torch.bfloat16, None
+    settings, parallel = training(case, tiny), None
     if layout.size > 1:
         parallel = placement.connect(layout, rules.layouts(config, layout), device, timedelta(seconds=600))
     masters = shards(config, layout, device)
@@ -121,7 +122,7 @@ def stepper(
     lr = torch.tensor(1e-4, device=device)
 
     def step(tokens: torch.Tensor) -> torch.Tensor:
-        tree = working(masters, dtype)
+        tree = training_step.working(masters, settings, config)
         value, _ = loss(tree, tokens)
         leaves = params.named_leaves(tree)
         gradients = dict(zip(leaves, torch.autograd.grad(value, list(leaves.values())), strict=True))
@@ -129,12 +130,6 @@ def stepper(
         return value.detach()
 
     return functools.partial(cuda_graph.CapturedStep(step) if graph else step, tokens)
-
-
-def working(masters: params.Parameters, dtype: torch.dtype) -> params.Parameters:
-    """What a step computes with."""
-    to = lambda p: p.detach().to(dtype if p.ndim > 1 else p.dtype).requires_grad_()  # noqa: E731
-    return cast(params.Parameters, pytree.tree_map(to, masters))
 
 
 def measure(name: str, implementation: str, tiny: bool) -> dict[str, float]:
@@ -186,14 +181,19 @@ def launched(name: str, implementation: str, tiny: bool) -> dict[str, float]:
     return values
 
 
-def expected(case: Case, tiny: bool) -> dict[str, float]:
-    """What `q3n plan` expects of the step on H100s."""
-    config = TrainConfig(
-        run="", steps=1, batch_size=case.rows, seq_len=case.length // (64 if tiny else 1), dtype="bfloat16",
-        recompute=case.recompute, data=DataConfig(source=""), mesh=mesh.parse(case.layout), model=shape(case, tiny),
+def training(case: Case, tiny: bool) -> TrainConfig:
+    """The step as `q3n train` would have it."""
+    return TrainConfig(
+        run="", steps=1, batch_size=case.rows, seq_len=case.length // (64 if tiny else 1),
+        dtype="float32" if tiny else "bfloat16", recompute=case.recompute, data=DataConfig(source=""),
+        mesh=mesh.parse(case.layout), model=shape(case, tiny),
         optimizer=dataclasses.replace(ADAMW, state_dtype="bfloat16"),
     )  # fmt: skip
-    found = planner.plan(config, CARDS["h100"])
+
+
+def expected(case: Case, tiny: bool) -> dict[str, float]:
+    """What `q3n plan` expects of the step on H100s."""
+    found = planner.plan(training(case, tiny), CARDS["h100"])
     milliseconds = float(found.seconds.sum() * 1e3)
     return {"step_ms": milliseconds, "tokens_per_s": found.tokens_per_s, "peak_gib": found.peak / 2**30}
 
