@@ -218,35 +218,77 @@ class TestKernels:
         ("batch", "documents", "length"),
         [(1, None, 205), (2, None, 96), (1, [0, 0, 90, 91, 91, 300], 310), (1, [0, 0], 20)],
     )
-    def test_walks_begin_where_the_decay_is_enough(self, batch, documents, length):
+    @pytest.mark.parametrize("more", [0, 1])
+    def test_walks_begin_where_the_decay_is_enough(self, batch, documents, length, more):
         """Tokens before its own, sequence to begin with and sequence to leave, both ways, of each piece and head."""
         _, tensors, scalars = build(batch=batch, documents=documents, length=length, heads=3, l2norm=True)
         p = kernels()._problem(*tensors[:5], tensors[8], scalars[3])
         sums = torch.tensor([[-1.0, -20.0, 0.0]], device=DEVICE) * torch.rand(p.num_chunks, 1, device=DEVICE)
         gates = torch.zeros(p.num_chunks, 3, 7, 16, device=DEVICE)
         gates[:, :, 0, -1] = sums
-        found = kernels().walks(p, 5, gates)
+        found = kernels().walks(p, 5, gates, more)
         bounds = [n * length for n in range(batch + 1)] if documents is None else documents
-        size, piece, chunk = -(-batch * length // (p.num_sequences * 5 * 16)), 0, 0
+        total = batch * length - p.num_sequences * more * 16
+        size, piece, chunk = -(-total // (p.num_sequences * 5 * 16)), 0, 0
         for n, (start, end) in enumerate(itertools.pairwise(bounds)):
             chunks = -(-(end - start) // 16)
-            last = max(-(-chunks // size), 1) - 1
+            last = max(-(-(chunks - more) // size), 1) - 1
             for i in range(last + 1):
+                first = i * size + more * (i > 0)
                 for head in range(3):
-                    mine, after = sums[chunk : chunk + chunks, head], min(i * size + size, chunks)
+                    mine, after = sums[chunk : chunk + chunks, head], min(i * size + size + more, chunks)
                     behind = max(end - start - after * 16, 0)
                     wanted = []
                     for decays, most, is_last in (
-                        (mine[: i * size].flip(0), i * size * 16, i == last), (mine[after:], behind, i == 0)
+                        (mine[:first].flip(0), first * 16, i == last), (mine[after:], behind, i == 0)
                     ):  # fmt: skip
                         below = (decays.cumsum(0) < -64).nonzero()
                         lead = len(decays) if len(below) == 0 else int(below[0]) + 1
                         wanted += [min(lead * 16, most), -1 if len(below) else n, n if is_last else -1]
                     assert found.walks[piece, head].tolist() == wanted
-                assert int(found.cu[piece]) == start + i * size * 16
+                assert int(found.cu[piece]) == start + first * 16
+                assert int(found.first_chunk[piece]) == chunk + first
                 piece += 1
             chunk += chunks
         assert (found.walks[piece:] == torch.tensor([0, -1, -1, 0, -1, -1], device=DEVICE)).all()
+
+    @pytest.mark.parametrize(
+        "documents",
+        [[0, 0, 90, 91, 91, 300, 300], [0, 300], [0, 20, 40, 160, 170, 300], [0, 30], [0, 0, 0], [0, 144, 304]],
+    )
+    def test_halves_of_documents(self, documents):
+        """Each half has its chunks of a document, and of the other half as many as the decay asks for."""
+        _, tensors, scalars = build(documents=documents, length=310, heads=3, l2norm=True)
+        p = kernels()._problem(*tensors[:5], tensors[8], scalars[3])
+        sums = torch.tensor([[-1.0, -20.0, 0.0]], device=DEVICE) * torch.rand(p.num_chunks, 1, device=DEVICE)
+        gates = torch.zeros(p.num_chunks, 3, 7, 16, device=DEVICE)
+        gates[:, :, 0, -1] = sums
+        halves, middle = kernels().halves(p, gates), p.num_chunks // 2
+        assert [(x.origin, x.num_chunks) for x in halves] == [(0, middle), (middle, p.num_chunks - middle)]
+        assert torch.equal(torch.cat([x.table for x in halves]), p.table)
+        chunk = 0
+        for n, (start, end) in enumerate(itertools.pairwise(documents)):
+            last = chunk + -(-(end - start) // 16)
+            cut = min(max(start + (middle - chunk) * 16, start), end)
+            for half, begin, until in zip(halves, (start, cut), (cut, end), strict=True):
+                assert int(half.cu[n + 1] - half.cu[n]) == until - begin
+                assert begin == until or int(half.cu[n]) == begin
+            if cut < end:
+                assert int(halves[1].first_chunk[n]) == max(chunk, middle)
+            opens, closes = chunk < middle, last > middle or chunk >= middle
+            for head in range(3):
+                walks, needed = [x.walks[n, head].tolist() for x in halves], []
+                for decays in (sums[chunk:middle, head].flip(0), sums[max(chunk, middle) : last, head]):
+                    below = (decays.cumsum(0) < -64).nonzero()
+                    needed.append((len(decays) if len(below) == 0 else int(below[0]) + 1, len(below) > 0))
+                (lead, cut_off), (reverse_lead, reverse_cut_off) = needed if opens and closes else [(0, False)] * 2
+                assert walks[0][:2] == [0, n if opens else -1]
+                own = n if opens else -1
+                assert walks[0][3:] == [min(reverse_lead * 16, end - cut), -1 if reverse_cut_off else own, own]
+                own = n if closes else -1
+                assert walks[1][:2] == [lead * 16, -1 if cut_off else own]
+                assert walks[1][3:] == [0, own, -1 if opens else n]
+            chunk = last
 
     def test_tma_descriptors(self):
         """16 bits and whole tiles: the scans then read through descriptors, but for the last chunk."""

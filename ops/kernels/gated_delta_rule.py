@@ -43,7 +43,7 @@ from q3n_functional.ops.chunks import STATES_BYTES, num_chunks, saved_shapes
 from q3n_functional.ops.kernels import gated_delta_rule_hopper as hopper
 from q3n_functional.ops.kernels.gated_delta_rule_hopper_chunks import launch_chunks
 from q3n_functional.ops.kernels.gated_delta_rule_hopper_gradient import launch_gradients
-from q3n_functional.ops.kernels.gated_delta_rule_pieces import cut, fold, last_walk, walks
+from q3n_functional.ops.kernels.gated_delta_rule_pieces import LEAD, cut, fold, halves, last_walk, walks
 from q3n_functional.ops.kernels.launch import Launcher, kind, where
 from q3n_functional.ops.registration import UnsupportedError
 
@@ -734,6 +734,7 @@ class Problem(NamedTuple):
     first_chunk: Tensor
     constants: dict[str, int | bool]
     walks: Tensor | None = None  # of the pieces, where it is cut: see gated_delta_rule_pieces.py
+    origin: int = 0  # the first chunk that states are kept of
 
 
 class Config(NamedTuple):
@@ -972,7 +973,8 @@ def _in_walks(p: Problem, scans: int, gates: Tensor) -> Problem:
     if programs == 0:
         return p
     num = min(NUM_SMS // programs, p.num_chunks // (WALK * p.num_sequences))
-    return walks(p, num, gates) if num > 1 else p
+    # Forward's first piece has no lead. Of backward's two scans one has none there, the other at the last piece.
+    return walks(p, num, gates, LEAD if scans == 1 else 0) if num > 1 else p
 
 
 def _piece_starts(
@@ -1005,7 +1007,8 @@ def _gradient_scans(
 ) -> None:  # fmt: skip
     """Write U, h, z, dh and, where it is not empty, d_initial.
 
-    `lead_in` is called for the scan that makes h: it may write `initial`. The other scan takes longer by more.
+    `lead_in` is called for the scan that makes h: it may write `initial`. The other scan takes longer by more, and
+    begins first, or the card would be full of what `lead_in` launches.
     """
     # Neither scan needs the other. Where both fit on the card they run side by side, in wide slices.
     wide = Config(BV=64, warps=4, stages=3, tma=True)
@@ -1017,15 +1020,15 @@ def _gradient_scans(
         _launch_reverse_scan(p, config, grad, gates, Y, P, scale, d_final, d_initial, z, dh, scaled)
         _launch_scan(p, config, gates, Y, None, scale, initial, None, U, h)
         return
-    if P is None and forgets:
+    if P is None and forgets and p.walks is None:
         p = _in_walks(p, 2, gates)
     main, other = torch.cuda.current_stream(p.q.device), torch.cuda.Stream(p.q.device)
     other.wait_stream(main)
+    _launch_reverse_scan(p, wide, grad, gates, Y, P, scale, d_final, d_initial, z, dh, scaled)
     with torch.cuda.stream(other):
         if lead_in is not None:
             lead_in()
         _launch_scan(p, wide, gates, Y, None, scale, initial, None, U, h)
-    _launch_reverse_scan(p, wide, grad, gates, Y, P, scale, d_final, d_initial, z, dh, scaled)
     main.wait_stream(other)
 
 
@@ -1160,16 +1163,21 @@ def _part(
 
 
 def _has_large_states(p: Problem) -> bool:
-    """Whether the states of all chunks and their gradients take more than `STATES_BYTES`, and rows can be parted."""
+    """Whether the states of all chunks and their gradients take more than `STATES_BYTES`, and can be parted."""
     c = p.constants
     size = 2 * p.num_chunks * c["HV"] * c["K"] * c["V"] * p.v.element_size()
-    return p.cu is None and p.num_chunks > 1 and size > STATES_BYTES
+    return p.num_chunks > 1 and size > STATES_BYTES
 
 
 def _parts(whole: Part, scale: float) -> tuple[Part, ...]:
-    """Two parts in backward's order: half of the sequences each, or of one sequence its halves."""
+    """Two parts in backward's order: half of the rows, of one row its halves, or half of the documents' chunks."""
     p, initial, d_final, d_initial = whole.problem, whole.initial, whole.d_final, whole.d_initial
     c, chunks, sequences = p.constants, p.num_chunks, p.num_sequences
+    if p.cu is not None:
+        return tuple(
+            whole._replace(problem=half, d_gate=whole.d_gate[..., half.origin : half.origin + half.num_chunks])
+            for half in reversed(halves(p, whole.gates))
+        )
     if sequences > 1:
         half, each = sequences // 2, chunks // sequences
         return tuple(
@@ -1199,6 +1207,7 @@ def _backward_of_part(
     U = torch.empty_like(dv)
     forgets = _forgets(qk_l2norm, beta_scale)
     _gradient_scans(p, grad, gates, Y, P, scale, initial, d_final, d_initial, U, h, dv, dh, scaled, forgets, lead_in)
+    gates = gates[p.origin : p.origin + p.num_chunks]
     configs = _gradient_configs(p)
     slices = [_cdiv(c["V"], config.BV) for config in configs]
     sums = torch.empty(p.num_chunks, c["HV"], max(slices), 3, c["C"], dtype=torch.float32, device=dv.device)
@@ -1215,11 +1224,11 @@ def _backward_of_part(
             SCALED=scaled, num_warps=config.warps,
         )  # fmt: skip
     strides = *p.g.stride(), *p.beta.stride()
-    given = p.g, p.beta, A_log, dt_bias
+    given = p.g, p.beta, A_log, dt_bias, p.table
     return functools.partial(
         _gate_gradients,
         p.num_chunks * c["HV"], (where(dv), *map(kind, (*given, dg, dbeta, d_gate)), strides),
-        (*given, p.table, sums, dg, dbeta, d_gate, p.length, d_gate.stride(1), beta_scale, *strides),
+        (*given, sums, dg, dbeta, d_gate, p.length, d_gate.stride(1), beta_scale, *strides),
         (c["HV"], *slices, c["C"], p.cu is not None, A_log is not None, beta_scale != 0, scaled), num_warps=1,
     )  # fmt: skip
 

@@ -333,13 +333,13 @@ def _scan_consumer(
         _store_state(final, S1, 1, BV, mma)
 
 
-@gluon.jit(do_not_specialize=["T"])
+@gluon.jit(do_not_specialize=["T", "origin"])
 def _scan_kernel(
-    q_tma, k_tma, v_tma, Y_tma, gates_tma, o_tma, h_tma, initial, final, o, cu, first_chunk, walks, T, scale,
+    q_tma, k_tma, v_tma, Y_tma, gates_tma, o_tma, h_tma, initial, final, o, cu, first_chunk, walks, T, origin, scale,
     HK: gl.constexpr, HV: gl.constexpr, BV: gl.constexpr, DOCUMENTS: gl.constexpr, PIECES: gl.constexpr,
     INITIAL: gl.constexpr, OUTPUT: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Forward: o and the final states (OUTPUT), or the chunks' first states h and U (to o)."""
+    """Forward: o and the final states (OUTPUT), or the first states h of chunks from `origin` on, and U (to o)."""
     NV: gl.constexpr = 128 // BV
     dtype: gl.constexpr = k_tma.dtype
     GATES: gl.constexpr = 8 if OUTPUT else 4  # rows of gates: what the scan has no use for comes last
@@ -389,7 +389,7 @@ def _scan_kernel(
     if OUTPUT:
         gl.warp_specialize([
             (_scan_consumer, (
-                n, length, start, tile, HV, v_col, lead, first, last, o_tma, h_tma, initial, final,
+                n, length, start, tile - origin * HV, HV, v_col, lead, first, last, o_tma, h_tma, initial, final,
                 o + start.to(gl.int64) * (HV * 128) + v_col, k0, k1, q0, q1, vs, ys, ps, xs, outs, h0, h1,
                 full, empty, ready, BV, HV * 128, INITIAL, OUTPUT, STAGES, WARPS,
             )),
@@ -402,7 +402,7 @@ def _scan_kernel(
     else:
         gl.warp_specialize([
             (_scan_consumer, (
-                n, length, start, tile, HV, v_col, lead, first, last, o_tma, h_tma, initial, final,
+                n, length, start, tile - origin * HV, HV, v_col, lead, first, last, o_tma, h_tma, initial, final,
                 o + start.to(gl.int64) * (HV * 128) + v_col, k0, k1, q0, q1, vs, ys, ps, xs, outs, h0, h1,
                 full, empty, ready, BV, HV * 128, INITIAL, OUTPUT, STAGES, WARPS,
             )),
@@ -518,13 +518,14 @@ def _reverse_scan_consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["T"])
+@gluon.jit(do_not_specialize=["T", "origin"])
 def _reverse_scan_kernel(
-    q_tma, k_tma, do_tma, Y_tma, gates_tma, z_tma, dh_tma, d_final, d_initial, z, cu, first_chunk, walks, T, scale,
+    q_tma, k_tma, do_tma, Y_tma, gates_tma, z_tma, dh_tma, d_final, d_initial, z, cu, first_chunk, walks,
+    T, origin, scale,
     HK: gl.constexpr, HV: gl.constexpr, BV: gl.constexpr, DOCUMENTS: gl.constexpr, PIECES: gl.constexpr,
     FINAL: gl.constexpr, INITIAL: gl.constexpr, SCALED: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Backward: the gradient of the state after each chunk (dh), Z, and the gradient of the initial states.
+    """Backward: the gradient of the state after each chunk from `origin` on (dh), Z, and that of the initial states.
 
     SCALED: z receives beta Z, which is dV.
     """
@@ -568,7 +569,7 @@ def _reverse_scan_kernel(
     barrier()
     gl.warp_specialize([
         (_reverse_scan_consumer, (
-            n, length, start, tile, HV, v_col, lead, first, last, z_tma, dh_tma, d_final, d_initial,
+            n, length, start, tile - origin * HV, HV, v_col, lead, first, last, z_tma, dh_tma, d_final, d_initial,
             z + start.to(gl.int64) * (HV * 128) + v_col, k0, k1, q0, q1, ds, ys, ps, xs, outs, h0, h1,
             full, empty, ready, BV, HV * 128, FINAL, INITIAL, SCALED, STAGES, WARPS,
         )),
@@ -653,7 +654,7 @@ def launch_scan(
         (row_tiles(p.q, 64, 64), row_tiles(p.k, 64, 64), row_tiles(p.v, 64, BV),
          matrix_tiles(Y, 64, 64, 64), matrix_tiles(gates, 64, 8 if h is None else 4, 64),
          out, out if h is None else matrix_tiles(h, 128, 64, BV),
-         *given, p.length, scale),
+         *given, p.length, p.origin, scale),
         (c["HK"], c["HV"], BV, p.cu is not None, p.walks is not None, initial is not None, h is None, stages, BV // 16),
         num_warps=BV // 16,
     )  # fmt: skip
@@ -676,7 +677,7 @@ def launch_reverse_scan(
         (row_tiles(p.q, 64, 64), row_tiles(p.k, 64, 64), row_tiles(grad, 64, BV),
          matrix_tiles(Y, 64, 64, 64), matrix_tiles(gates, 64, 8, 64),
          matrix_tiles(z, c["HV"] * 128, 64, BV), matrix_tiles(dh, 128, 64, BV),
-         *given, p.length, scale),
+         *given, p.length, p.origin, scale),
         (c["HK"], c["HV"], BV, p.cu is not None, p.walks is not None, d_final is not None, begins, scaled, stages,
          BV // 16),
         num_warps=BV // 16,

@@ -33,7 +33,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from q3n_functional.ops.kernels.gated_delta_rule_hopper import NUM_SMS, barrier, matrix_tiles, row_tiles
-from q3n_functional.ops.kernels.launch import Constant, Launcher, where
+from q3n_functional.ops.kernels.launch import Constant, Launcher, kind, where
 
 if TYPE_CHECKING:
     from q3n_functional.ops.kernels.gated_delta_rule import Problem
@@ -445,7 +445,7 @@ def launch_gradients(
     c = p.constants
     width = c["HV"] * 128
     _whole_chunk_gradients(
-        min(NUM_SMS, p.num_chunks * c["HK"]), (where(dv), dv.dtype),
+        min(NUM_SMS, p.num_chunks * c["HK"]), (where(dv), dv.dtype, kind(p.table)),
         (row_tiles(p.q, 64, 64), row_tiles(p.k, 64, 64), row_tiles(grad, 64, 128), matrix_tiles(U, width, 64, 128),
          matrix_tiles(Z, width, 64, 128), matrix_tiles(h, 128, 64, 128), matrix_tiles(dh, 128, 64, 128),
          matrix_tiles(gates, 448, 1, 128), p.table, dq, dk, dv, sums, p.length, p.num_chunks, scale),

@@ -5,6 +5,7 @@ Where keys are of unit length and beta is at most 2, a chunk cannot make a state
 a piece's walk begins some chunks before the piece, with no state: so many that the decay over them is below 2^-64, or,
 if it nowhere is, at the sequence's beginning. Walks side by side then take as long as the longest, never longer than an
 uncut one, and what they leave out is beyond the state's digits. Backward's reverse walks begin as many chunks behind.
+Documents whose chunks are taken in two halves (`halves`) are walked so too, where the middle cuts one.
 
 Elsewhere a piece takes the state S in front of it to M S + H: H is the state behind it that starts from none, M its
 transition. So all pieces are walked at once for H and M, the states in front of them follow by a short walk over
@@ -29,17 +30,20 @@ if TYPE_CHECKING:
 
 FLOOR = -64.0
 """log2 of the decay behind which a state is not looked for: fp32 has 24 digits."""
+LEAD = 16
+"""Chunks that a piece's walk is expected to take before its own, which a sequence's first piece has more instead."""
 
 
-@triton.jit(do_not_specialize=["num_sequences", "T", "num_pieces", "size"])
+@triton.jit(do_not_specialize=["num_sequences", "T", "num_pieces", "size", "more"])
 def _pieces_kernel(
-    cu, first_chunk, piece_cu, piece_chunk, first_piece, num_sequences, T, num_pieces, size,
+    cu, first_chunk, piece_cu, piece_chunk, first_piece, num_sequences, T, num_pieces, size, more,
     C: tl.constexpr, DOCUMENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """First token and first chunk of each piece, and the first piece of each sequence; program n is sequence n.
 
-    Pieces follow each other in the stream, so one ends where the next begins; an empty sequence is one piece. The last
-    program fills what is left with empty pieces at the end.
+    Pieces follow each other in the stream, so one ends where the next begins; an empty sequence is one piece. All but a
+    sequence's last have `size` tokens, its first `more` besides. The last program fills what is left with empty pieces
+    at the end.
     """
     n = tl.program_id(0)
     i = tl.arange(0, BLOCK)
@@ -49,7 +53,7 @@ def _pieces_kernel(
             length = tl.load(cu + m + i + 1, mask=m + i < n, other=0) - tl.load(cu + m + i, mask=m + i < n, other=0)
         else:
             length = tl.where(m + i < n, T, 0)
-        piece += tl.sum(tl.where(m + i < n, tl.maximum((length + size - 1) // size, 1), 0), 0)
+        piece += tl.sum(tl.where(m + i < n, tl.maximum((length - more + size - 1) // size, 1), 0), 0)
     tl.store(first_piece + n, piece)
     chunk = 0
     if DOCUMENTS:
@@ -61,13 +65,14 @@ def _pieces_kernel(
         start = n * T
         end = tl.minimum(n + 1, num_sequences) * T
         chunk = n * ((T + C - 1) // C)
-    count = tl.maximum((end - start + size - 1) // size, 1)
+    count = tl.maximum((end - start - more + size - 1) // size, 1)
     if n == num_sequences:
         count = num_pieces + 1 - piece
     for m in range(0, count, BLOCK):
         at = piece + m + i
-        tl.store(piece_cu + at, tl.minimum(start + (m + i) * size, end), mask=m + i < count)
-        tl.store(piece_chunk + at, chunk + (m + i) * (size // C), mask=m + i < count)
+        tokens = tl.where(m + i > 0, (m + i) * size + more, 0)
+        tl.store(piece_cu + at, tl.minimum(start + tokens, end), mask=m + i < count)
+        tl.store(piece_chunk + at, chunk + tokens // C, mask=m + i < count)
 
 
 @triton.jit
@@ -124,6 +129,51 @@ def _walks_kernel(
 
 
 @triton.jit
+def _store_walk(walk, tokens, begins, leaves):
+    tl.store(walk, tokens)
+    tl.store(walk + 1, begins)
+    tl.store(walk + 2, leaves)
+
+
+@triton.jit(do_not_specialize=["num_sequences", "middle"])
+def _halves_kernel(
+    gates, cu, first_chunk, table, half_cu, half_chunk, walks, num_sequences, middle,
+    HV: tl.constexpr, C: tl.constexpr, FLOOR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What each half of the chunks has of a document, and its head's walks there, as `_walks_kernel` writes them.
+
+    The second half's `half_cu`, `half_chunk` and `walks` lie behind the first's. A document that a half has nothing of
+    is empty there, and its states are given and left in the other one.
+    """
+    pid = tl.program_id(0)
+    n, hv = pid // HV, pid % HV
+    start, end, cut = tl.load(cu + n), tl.load(cu + n + 1), tl.load(table + 2 * middle)
+    chunk = tl.load(first_chunk + n)
+    last = chunk + (end - start + C - 1) // C
+    opens, closes = chunk < middle, (last > middle) | (chunk >= middle)  # in the first half, in the second
+    if hv == 0:
+        for half in tl.static_range(2):
+            at = half_cu + half * (num_sequences + 1) + n
+            tl.store(at, tl.maximum(start, cut) if half else tl.minimum(start, cut))
+            tl.store(at + 1, tl.maximum(end, cut) if half else tl.minimum(end, cut))
+            tl.store(half_chunk + half * num_sequences + n, tl.maximum(chunk, middle) if half else chunk)
+    both = opens & closes
+    decays = gates + (middle.to(tl.int64) * HV + hv) * (7 * C) + C - 1
+    before = tl.where(both, middle - chunk, 0)
+    lead, cut_off = _chunks_to_floor(decays - HV * 7 * C, -HV * 7 * C, before, FLOOR, BLOCK)
+    behind = tl.where(both, last - middle, 0)
+    reverse_lead, reverse_cut_off = _chunks_to_floor(decays, HV * 7 * C, behind, FLOOR, BLOCK)
+    first = walks + pid * 6
+    second = first + num_sequences * (HV * 6)
+    tokens = tl.where(both, tl.minimum(reverse_lead * C, end - cut), 0)
+    of_first, of_second = tl.where(opens, n, -1), tl.where(closes, n, -1)
+    _store_walk(first, 0, of_first, -1)
+    _store_walk(first + 3, tokens, tl.where(reverse_cut_off, -1, of_first), of_first)
+    _store_walk(second, lead * C, tl.where(cut_off, -1, of_second), -1)
+    _store_walk(second + 3, 0, of_second, tl.where(opens, -1, n))
+
+
+@triton.jit
 def _fold_kernel(
     H, M, first, starts, last, first_piece,
     HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, FIRST: tl.constexpr,
@@ -151,24 +201,25 @@ def _fold_kernel(
     tl.store(last + sequence + tile, S, mask=inside)
 
 
-_pieces, _walks = Launcher(_pieces_kernel), Launcher(_walks_kernel)
+_pieces, _walks, _halves = Launcher(_pieces_kernel), Launcher(_walks_kernel), Launcher(_halves_kernel)
 
 
-def cut(p: Problem, pieces: int) -> tuple[Problem, Tensor]:
+def cut(p: Problem, pieces: int, more: int = 0) -> tuple[Problem, Tensor]:
     """The problem whose sequences are pieces of about 1/`pieces` of an average one, and each sequence's first piece.
 
-    Chunks and tokens stay where they are: what was stored for the chunks of `p` serves for the pieces.
+    The first piece of a sequence has `more` chunks than others. Chunks and tokens stay where they are: what was stored
+    for the chunks of `p` serves for the pieces.
     """
     C = int(p.constants["C"])
-    total = p.q.shape[0]
-    size = -(-total // (max(p.num_sequences, 1) * pieces * C)) * C
+    total, sequences = p.q.shape[0], max(p.num_sequences, 1)
+    size = -(-(total - sequences * more * C) // (sequences * pieces * C)) * C
     num = p.num_sequences + total // size
     device = p.q.device
     piece_cu, piece_chunk = (torch.empty(num + 1, dtype=torch.int32, device=device) for _ in range(2))
     first_piece = torch.empty(p.num_sequences + 1, dtype=torch.int32, device=device)
     _pieces(
         p.num_sequences + 1, (where(piece_cu), kind(p.cu), kind(p.first_chunk)),
-        (p.cu, p.first_chunk, piece_cu, piece_chunk, first_piece, p.num_sequences, p.length, num, size),
+        (p.cu, p.first_chunk, piece_cu, piece_chunk, first_piece, p.num_sequences, p.length, num, size, more * C),
         (C, p.cu is not None, 256),
     )  # fmt: skip
     cut_ = p._replace(
@@ -178,9 +229,9 @@ def cut(p: Problem, pieces: int) -> tuple[Problem, Tensor]:
     return cut_, first_piece
 
 
-def walks(p: Problem, pieces: int, gates: Tensor) -> Problem:
+def walks(p: Problem, pieces: int, gates: Tensor, more: int = 0) -> Problem:
     """As `cut`, with the walks of pieces and heads; for unit keys and beta to 2 alone."""
-    cut_, first_piece = cut(p, pieces)
+    cut_, first_piece = cut(p, pieces, more)
     return cut_._replace(walks=_table(p, cut_, first_piece, gates, 0, cut_.num_sequences))
 
 
@@ -193,6 +244,30 @@ def last_walk(p: Problem, pieces: int, gates: Tensor) -> Problem:
     return cut_._replace(
         num_sequences=1, cu=cut_.cu[at : at + 2], first_chunk=cut_.first_chunk[at : at + 1], walks=table
     )
+
+
+def halves(p: Problem, gates: Tensor) -> tuple[Problem, Problem]:
+    """The problems of the first and the second half of the documents' chunks, as `walks`.
+
+    Of a half with chunks from `origin` on: `num_chunks` and `table` are of these alone; the numbers of chunks in
+    `first_chunk`, and tokens, are those of the whole.
+    """
+    heads, num, middle = p.constants["HV"], p.num_sequences, p.num_chunks // 2
+    shapes = (num + 1,), (num,), (num, heads, 6)
+    half_cu, half_chunk, table = (torch.empty(2, *x, dtype=torch.int32, device=gates.device) for x in shapes)
+    _halves(
+        num * heads, (where(half_cu), kind(p.cu)),
+        (gates, p.cu, p.first_chunk, p.table, half_cu, half_chunk, table, num, middle),
+        (heads, p.constants["C"], FLOOR, 128), num_warps=1,
+    )  # fmt: skip
+    first, second = (
+        p._replace(
+            num_chunks=end - begin, cu=half_cu[n], table=p.table[begin:end], first_chunk=half_chunk[n], walks=table[n],
+            origin=begin,
+        )
+        for n, (begin, end) in enumerate(((0, middle), (middle, p.num_chunks)))
+    )  # fmt: skip
+    return first, second
 
 
 def _table(p: Problem, cut_: Problem, first_piece: Tensor, gates: Tensor, begin: int, num: int) -> Tensor:
