@@ -120,10 +120,11 @@ def _log_partition_gradient_workspace(
 
 def _delta_rule_gradient_workspace(do: Any, dstate: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> int:
     # States and their gradients in front of every chunk, the corrected values, the rows that the inverse is read into.
-    gates, inverse = rest[6:8]
+    cu_seqlens, gates, inverse = rest[5:8]
     states = 2 * int(gates.shape[0]) * v.shape[2] * q.shape[3] * v.shape[3]
     parts = 2 if states * v.itemsize > STATES_BYTES else 1
-    return ((states + v.numel()) // parts + int(inverse.numel())) * v.itemsize
+    corrected = v.numel() // (parts if cu_seqlens is None else 1)
+    return (states // parts + corrected + int(inverse.numel())) * v.itemsize
 
 
 def _attention_gradient_workspace(do: Tensor, q: Tensor, k: Tensor, *rest: Any) -> int:
