@@ -266,6 +266,9 @@ class TestKernels:
         halves, middle = kernels().halves(p, gates), p.num_chunks // 2
         assert [(x.origin, x.num_chunks) for x in halves] == [(0, middle), (middle, p.num_chunks - middle)]
         assert torch.equal(torch.cat([x.table for x in halves]), p.table)
+        for x, given in ((p, tensors[8]), *((x, x.cu) for x in halves)):
+            lengths = given.diff()
+            assert torch.equal(x.order[: len(lengths)], lengths.argsort(descending=True, stable=True).int())
         chunk = 0
         for n, (start, end) in enumerate(itertools.pairwise(documents)):
             last = chunk + -(-(end - start) // 16)

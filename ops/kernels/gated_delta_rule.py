@@ -43,7 +43,15 @@ from q3n_functional.ops.chunks import STATES_BYTES, num_chunks, saved_shapes
 from q3n_functional.ops.kernels import gated_delta_rule_hopper as hopper
 from q3n_functional.ops.kernels.gated_delta_rule_hopper_chunks import launch_chunks
 from q3n_functional.ops.kernels.gated_delta_rule_hopper_gradient import launch_gradients
-from q3n_functional.ops.kernels.gated_delta_rule_pieces import LEAD, cut, fold, halves, last_walk, walks
+from q3n_functional.ops.kernels.gated_delta_rule_pieces import (
+    LEAD,
+    cut,
+    fold,
+    halves,
+    last_walk,
+    place_by_length,
+    walks,
+)
 from q3n_functional.ops.kernels.launch import Launcher, kind, where
 from q3n_functional.ops.registration import UnsupportedError
 
@@ -55,10 +63,12 @@ WALK = 32  # chunks that a piece has at least
 
 
 @triton.jit(do_not_specialize=["num_docs", "num_tokens", "num_chunks"])
-def _table_kernel(cu, table, first_chunk, num_docs, num_tokens, num_chunks, C: tl.constexpr, BLOCK: tl.constexpr):
+def _table_kernel(
+    cu, table, first_chunk, order, num_docs, num_tokens, num_chunks, C: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """Write table[chunk] = (first token, length); program n is document n, the last one is the tail of the stream.
 
-    A tail chunk has a negative length (its rows are to be zeroed), an unused entry length 0.
+    A tail chunk has a negative length (its rows are to be zeroed), an unused entry length 0. order: longest first.
     """
     n = tl.program_id(0)
     i = tl.arange(0, BLOCK)
@@ -69,6 +79,8 @@ def _table_kernel(cu, table, first_chunk, num_docs, num_tokens, num_chunks, C: t
     start = tl.load(cu + n)
     end = tl.load(cu + n + 1, mask=n < num_docs, other=num_tokens)
     tl.store(first_chunk + n, chunk)
+    if n < num_docs:
+        tl.store(order + place_by_length(cu, n, num_docs, 0, num_tokens, BLOCK), n)
     entries = (end - start + C - 1) // C
     if n == num_docs:
         entries = num_chunks - chunk
@@ -635,9 +647,20 @@ def _key_gradient(
     return dK
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit
+def _last_chunk(n, cu, first_chunk, T, C: tl.constexpr, DOCUMENTS: tl.constexpr):
+    """The last chunk of a sequence, -1 if it is empty."""
+    if DOCUMENTS:
+        length = tl.load(cu + n + 1) - tl.load(cu + n)
+        chunk = tl.where(length > 0, tl.load(first_chunk + n) + (length - 1) // C, -1)
+    else:
+        chunk = (n + 1) * ((T + C - 1) // C) - 1
+    return chunk
+
+
+@triton.jit(do_not_specialize=["T", "origin"])
 def _gradient_kernel(
-    q, k, do, u, z, h, dh, gates, table, dq, dk, dv, sums, T, scale,
+    q, k, do, u, z, h, dh, gates, table, cu, first_chunk, dq, dk, dv, sums, T, origin, scale,
     q_token, q_head, k_token, k_head, do_token, do_head,
     HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, DOCUMENTS: tl.constexpr, NORMALISE: tl.constexpr, DOT: tl.constexpr, SIDE: tl.constexpr,
@@ -645,12 +668,16 @@ def _gradient_kernel(
 ):  # fmt: skip
     """dQ (SIDE 0), or dK and dV (SIDE 1), of one chunk and key head, over its value heads in turn.
 
-    Two launches, because the registers of one program do not hold both sums. dv may be z's own memory. WHOLE False
-    leaves out the chunks that have all their rows. SCALED: z holds beta Z.
+    Two launches, because the registers of one program do not hold both sums. dv may be z's own memory. WHOLE False is
+    for chunks that lack rows, sequences' last ones, of which there is a program each. SCALED: z holds beta Z.
     """
     pid = tl.program_id(0)
     hk = pid % HK
     chunk = (pid // HK).to(tl.int64)
+    if not WHOLE:
+        chunk = _last_chunk(pid // HK, cu, first_chunk, T, C, DOCUMENTS).to(tl.int64) - origin
+        if chunk < 0:
+            return
     start, length = _chunk_range(chunk, table, T, C, DOCUMENTS)
     if not WHOLE and length == C:
         return
@@ -673,6 +700,20 @@ def _gradient_kernel(
         kk = _rows(k, start, k_token, K, length, k, 0, C, BK, False, True, False)
         dK = _normalised_gradient(dK, kk, tl.load(r_k), NORMALISE)
         _store_rows(dk + hk * K, start, HK * K, K, rows, dK, C, BK, False, True)
+
+
+@triton.jit(do_not_specialize=["num_docs", "num_tokens"])
+def _zero_tail_kernel(
+    cu, dq, dk, dv, num_docs, num_tokens, KEYS: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Zero the rows [KEYS] of dq and dk and [VALUES] of dv behind the last document."""
+    col, zero = tl.arange(0, BLOCK), tl.zeros([BLOCK], tl.int64)
+    for row in range(tl.load(cu + num_docs) + tl.program_id(0), num_tokens, tl.num_programs(0)):
+        keys = (zero + row) * KEYS + col
+        tl.store(dq + keys, tl.zeros([BLOCK], dq.dtype.element_ty), mask=col < KEYS)
+        tl.store(dk + keys, tl.zeros([BLOCK], dk.dtype.element_ty), mask=col < KEYS)
+        values = (zero + row) * VALUES + col
+        tl.store(dv + values, tl.zeros([BLOCK], dv.dtype.element_ty), mask=col < VALUES)
 
 
 @triton.jit(do_not_specialize=["T", "num_chunks"])
@@ -735,6 +776,7 @@ class Problem(NamedTuple):
     constants: dict[str, int | bool]
     walks: Tensor | None = None  # of the pieces, where it is cut: see gated_delta_rule_pieces.py
     origin: int = 0  # the first chunk that states are kept of
+    order: Tensor | None = None  # documents, longest first: whoever walks them side by side ends sooner
 
 
 class Config(NamedTuple):
@@ -777,7 +819,7 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu: Tenso
     if chunk_size not in CHUNK_SIZES:
         raise UnsupportedError(f"chunk_size {chunk_size} is not one of {CHUNK_SIZES}, which the Triton kernels have")
     check_heads(q, v)
-    num_documents = None if cu is None else cu.shape[0] - 1
+    num_documents, order = None if cu is None else cu.shape[0] - 1, None
     total = batch * length
     chunks = num_chunks(batch, length, num_documents, chunk_size)
     if cu is None:
@@ -785,8 +827,10 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu: Tenso
     else:
         cu = cu.contiguous()
         table = torch.empty(chunks, 2, dtype=torch.int32, device=q.device)
-        first_chunk = torch.empty(cu.shape[0], dtype=torch.int32, device=q.device)
-        _table_kernel[(cu.shape[0],)](cu, table, first_chunk, cu.shape[0] - 1, total, chunks, C=chunk_size, BLOCK=256)
+        first_chunk, order = (torch.empty(cu.shape[0], dtype=torch.int32, device=q.device) for _ in range(2))
+        _table_kernel[(cu.shape[0],)](
+            cu, table, first_chunk, order, cu.shape[0] - 1, total, chunks, C=chunk_size, BLOCK=256
+        )
     # Dots narrower than 64 are the ones that Triton has miscompiled on Hopper: small heads are padded.
     constants = {
         "HK": key_heads, "HV": value_heads, "K": K, "V": V, "C": chunk_size, "DOCUMENTS": cu is not None,
@@ -795,7 +839,7 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu: Tenso
     return Problem(
         _flat(q), _flat(k), _flat(v), _flat(g), _flat(beta),
         batch if num_documents is None else num_documents, total if cu is not None else length, chunks,
-        cu, table, first_chunk, constants,
+        cu, table, first_chunk, constants, order=order,
     )  # fmt: skip
 
 
@@ -1010,25 +1054,26 @@ def _gradient_scans(
     `lead_in` is called for the scan that makes h: it may write `initial`. The other scan takes longer by more, and
     begins first, or the card would be full of what `lead_in` launches.
     """
-    # Neither scan needs the other. Where both fit on the card they run side by side, in wide slices.
+    # Neither scan needs the other. Where both fit on the card they run side by side, in wide slices; Hopper's do so
+    # always, as one's last programs leave room for the other's first.
     wide = Config(BV=64, warps=4, stages=3, tma=True)
     fits = p.q.element_size() == 2 and p.constants["BK"] <= 128 and 0 < 2 * _tiles(p, wide) <= NUM_SMS
-    if not (p.q.is_cuda and fits):
-        config = _scan_config(p)
+    config = wide if fits else _scan_config(p)
+    if not (p.q.is_cuda and (fits or P is None)):
         if lead_in is not None:
             lead_in()
         _launch_reverse_scan(p, config, grad, gates, Y, P, scale, d_final, d_initial, z, dh, scaled)
         _launch_scan(p, config, gates, Y, None, scale, initial, None, U, h)
         return
-    if P is None and forgets and p.walks is None:
+    if fits and P is None and forgets and p.walks is None:
         p = _in_walks(p, 2, gates)
     main, other = torch.cuda.current_stream(p.q.device), torch.cuda.Stream(p.q.device)
     other.wait_stream(main)
-    _launch_reverse_scan(p, wide, grad, gates, Y, P, scale, d_final, d_initial, z, dh, scaled)
+    _launch_reverse_scan(p, config, grad, gates, Y, P, scale, d_final, d_initial, z, dh, scaled)
     with torch.cuda.stream(other):
         if lead_in is not None:
             lead_in()
-        _launch_scan(p, wide, gates, Y, None, scale, initial, None, U, h)
+        _launch_scan(p, config, gates, Y, None, scale, initial, None, U, h)
     main.wait_stream(other)
 
 
@@ -1108,6 +1153,11 @@ def backward(
     dq, dk, dv, dg, dbeta = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, g, beta))
     d_gate = torch.empty(2, v.shape[2], p.num_chunks if A_log is not None else 0, dtype=torch.float32, device=q.device)
     whole = Part(p, grad, gates, Y, initial, d_final, d_initial, dq, dk, dv, dg, dbeta, d_gate, None)
+    if fast and p.cu is not None:
+        _zero_tail_kernel[(NUM_SMS,)](
+            p.cu, dq, dk, dv, p.num_sequences, p.length, KEYS=dq.shape[2] * K, VALUES=dv.shape[2] * V,
+            BLOCK=_power_of_2(max(dq.shape[2] * K, dv.shape[2] * V)),
+        )  # fmt: skip
     in_parts = fast and _forgets(qk_l2norm, beta_scale) and _has_large_states(p)
     finish: Callable[[], None] | None = None
     for part in _parts(whole, scale) if in_parts else (whole,):
@@ -1216,9 +1266,11 @@ def _backward_of_part(
     if fast:
         launch_gradients(p, grad, U, dv, h, dh, gates, dq, dk, dv, sums, scale, qk_l2norm, scaled)
     partial_chunks = p.cu is not None or p.length % c["C"] > 0
+    programs = (p.num_sequences if fast else p.num_chunks) * c["HK"]
     for side, config in enumerate(configs if partial_chunks or not fast else ()):
-        _gradient_kernel[(p.num_chunks * c["HK"],)](
-            p.q, p.k, grad, U, dv, h, dh, gates, p.table, dq, dk, dv, sums, p.length, scale,
+        _gradient_kernel[(programs,)](
+            p.q, p.k, grad, U, dv, h, dh, gates, p.table, p.cu, p.first_chunk, dq, dk, dv, sums, p.length, p.origin,
+            scale,
             *p.q.stride()[:2], *p.k.stride()[:2], *grad.stride()[:2], **c, BV=config.BV, NORMALISE=qk_l2norm,
             DOT=_dot_precision(dv.dtype), SIDE=side, SLICES=max(slices), STAGES=config.stages, WHOLE=not fast,
             SCALED=scaled, num_warps=config.warps,

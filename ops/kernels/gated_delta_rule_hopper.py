@@ -335,8 +335,10 @@ def _scan_consumer(
 
 @gluon.jit(do_not_specialize=["T", "origin"])
 def _scan_kernel(
-    q_tma, k_tma, v_tma, Y_tma, gates_tma, o_tma, h_tma, initial, final, o, cu, first_chunk, walks, T, origin, scale,
-    HK: gl.constexpr, HV: gl.constexpr, BV: gl.constexpr, DOCUMENTS: gl.constexpr, PIECES: gl.constexpr,
+    q_tma, k_tma, v_tma, Y_tma, gates_tma, o_tma, h_tma, initial, final, o, cu, first_chunk, order,
+    walks, T, origin, scale,
+    HK: gl.constexpr, HV: gl.constexpr, BV: gl.constexpr, DOCUMENTS: gl.constexpr, ORDERED: gl.constexpr,
+    PIECES: gl.constexpr,
     INITIAL: gl.constexpr, OUTPUT: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Forward: o and the final states (OUTPUT), or the first states h of chunks from `origin` on, and U (to o)."""
@@ -349,11 +351,13 @@ def _scan_kernel(
     k_col = hv // (HV // HK) * 128
     v_col = hv * 128 + pid % NV * BV
     first = pid // (NV * HV)
+    if ORDERED:
+        first = gl.load(order + first)
     start, length, chunk = _sequence(first, cu, first_chunk, T, DOCUMENTS)
     lead = 0
     last = first
     if PIECES:
-        start, length, chunk, lead, first, last = _walk(start, length, chunk, walks + pid // NV * 6, False)
+        start, length, chunk, lead, first, last = _walk(start, length, chunk, walks + (first * HV + hv) * 6, False)
     n = (length + 63) // 64
     tile = chunk * HV + hv
     initial += (first * HV + hv).to(gl.int64) * (128 * 128) + pid % NV * BV
@@ -520,9 +524,10 @@ def _reverse_scan_consumer(
 
 @gluon.jit(do_not_specialize=["T", "origin"])
 def _reverse_scan_kernel(
-    q_tma, k_tma, do_tma, Y_tma, gates_tma, z_tma, dh_tma, d_final, d_initial, z, cu, first_chunk, walks,
-    T, origin, scale,
-    HK: gl.constexpr, HV: gl.constexpr, BV: gl.constexpr, DOCUMENTS: gl.constexpr, PIECES: gl.constexpr,
+    q_tma, k_tma, do_tma, Y_tma, gates_tma, z_tma, dh_tma, d_final, d_initial, z, cu, first_chunk, order,
+    walks, T, origin, scale,
+    HK: gl.constexpr, HV: gl.constexpr, BV: gl.constexpr, DOCUMENTS: gl.constexpr, ORDERED: gl.constexpr,
+    PIECES: gl.constexpr,
     FINAL: gl.constexpr, INITIAL: gl.constexpr, SCALED: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Backward: the gradient of the state after each chunk from `origin` on (dh), Z, and that of the initial states.
@@ -537,11 +542,13 @@ def _reverse_scan_kernel(
     k_col = hv // (HV // HK) * 128
     v_col = hv * 128 + pid % NV * BV
     last = pid // (NV * HV)
+    if ORDERED:
+        last = gl.load(order + last)
     start, length, chunk = _sequence(last, cu, first_chunk, T, DOCUMENTS)
     lead = 0
     first = last
     if PIECES:
-        start, length, chunk, lead, last, first = _walk(start, length, chunk, walks + pid // NV * 6, True)
+        start, length, chunk, lead, last, first = _walk(start, length, chunk, walks + (last * HV + hv) * 6, True)
     n = (length + 63) // 64
     tile = chunk * HV + hv
     d_final += (last * HV + hv).to(gl.int64) * (128 * 128) + pid % NV * BV
@@ -635,7 +642,12 @@ def matrix_tiles(x: Tensor, width: int, rows: int, cols: int) -> TensorDescripto
 def _tables(p: Problem, other: Tensor) -> list[Tensor]:
     """Those of documents and walks, or `other` where the problem has none."""
     documents = (None, None) if p.cu is None else (p.cu, p.first_chunk)
-    return [other if x is None else x for x in (*documents, p.walks)]
+    return [other if x is None else x for x in (*documents, p.order, p.walks)]
+
+
+def _forms(p: Problem) -> tuple[bool, bool, bool]:
+    """Which of the tables there are."""
+    return p.cu is not None, p.order is not None, p.walks is not None
 
 
 def launch_scan(
@@ -655,7 +667,7 @@ def launch_scan(
          matrix_tiles(Y, 64, 64, 64), matrix_tiles(gates, 64, 8 if h is None else 4, 64),
          out, out if h is None else matrix_tiles(h, 128, 64, BV),
          *given, p.length, p.origin, scale),
-        (c["HK"], c["HV"], BV, p.cu is not None, p.walks is not None, initial is not None, h is None, stages, BV // 16),
+        (c["HK"], c["HV"], BV, *_forms(p), initial is not None, h is None, stages, BV // 16),
         num_warps=BV // 16,
     )  # fmt: skip
 
@@ -678,7 +690,6 @@ def launch_reverse_scan(
          matrix_tiles(Y, 64, 64, 64), matrix_tiles(gates, 64, 8, 64),
          matrix_tiles(z, c["HV"] * 128, 64, BV), matrix_tiles(dh, 128, 64, BV),
          *given, p.length, p.origin, scale),
-        (c["HK"], c["HV"], BV, p.cu is not None, p.walks is not None, d_final is not None, begins, scaled, stages,
-         BV // 16),
+        (c["HK"], c["HV"], BV, *_forms(p), d_final is not None, begins, scaled, stages, BV // 16),
         num_warps=BV // 16,
     )  # fmt: skip

@@ -34,6 +34,26 @@ LEAD = 16
 """Chunks that a piece's walk is expected to take before its own, which a sequence's first piece has more instead."""
 
 
+@triton.jit
+def place_by_length(cu, n, num, begin, end, BLOCK: tl.constexpr):
+    """How many documents have more tokens than document n between `begin` and `end`, or as many and come before it."""
+    i = tl.arange(0, BLOCK)
+    mine = _within(tl.load(cu + n + 1), begin, end) - _within(tl.load(cu + n), begin, end)
+    place = 0
+    for m in range(0, num, BLOCK):
+        inside = m + i < num
+        length = _within(tl.load(cu + m + i + 1, mask=inside, other=0), begin, end)
+        length -= _within(tl.load(cu + m + i, mask=inside, other=0), begin, end)
+        before = (length > mine) | ((length == mine) & (m + i < n))
+        place += tl.sum((inside & before).to(tl.int32), 0)
+    return place
+
+
+@triton.jit
+def _within(x, low, high):
+    return tl.minimum(tl.maximum(x, low), high)
+
+
 @triton.jit(do_not_specialize=["num_sequences", "T", "num_pieces", "size", "more"])
 def _pieces_kernel(
     cu, first_chunk, piece_cu, piece_chunk, first_piece, num_sequences, T, num_pieces, size, more,
@@ -135,15 +155,15 @@ def _store_walk(walk, tokens, begins, leaves):
     tl.store(walk + 2, leaves)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "middle"])
+@triton.jit(do_not_specialize=["num_sequences", "num_tokens", "middle"])
 def _halves_kernel(
-    gates, cu, first_chunk, table, half_cu, half_chunk, walks, num_sequences, middle,
+    gates, cu, first_chunk, table, half_cu, half_chunk, order, walks, num_sequences, num_tokens, middle,
     HV: tl.constexpr, C: tl.constexpr, FLOOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What each half of the chunks has of a document, and its head's walks there, as `_walks_kernel` writes them.
 
-    The second half's `half_cu`, `half_chunk` and `walks` lie behind the first's. A document that a half has nothing of
-    is empty there, and its states are given and left in the other one.
+    The second half's `half_cu`, `half_chunk`, `order` and `walks` lie behind the first's. A document that a half has
+    nothing of is empty there, and its states are given and left in the other one.
     """
     pid = tl.program_id(0)
     n, hv = pid // HV, pid % HV
@@ -153,10 +173,13 @@ def _halves_kernel(
     opens, closes = chunk < middle, (last > middle) | (chunk >= middle)  # in the first half, in the second
     if hv == 0:
         for half in tl.static_range(2):
+            low, high = (cut, num_tokens) if half else (0, cut)
             at = half_cu + half * (num_sequences + 1) + n
-            tl.store(at, tl.maximum(start, cut) if half else tl.minimum(start, cut))
-            tl.store(at + 1, tl.maximum(end, cut) if half else tl.minimum(end, cut))
+            tl.store(at, _within(start, low, high))
+            tl.store(at + 1, _within(end, low, high))
             tl.store(half_chunk + half * num_sequences + n, tl.maximum(chunk, middle) if half else chunk)
+            place = place_by_length(cu, n, num_sequences, low, high, BLOCK)
+            tl.store(order + half * num_sequences + place, n)
     both = opens & closes
     decays = gates + (middle.to(tl.int64) * HV + hv) * (7 * C) + C - 1
     before = tl.where(both, middle - chunk, 0)
@@ -223,7 +246,7 @@ def cut(p: Problem, pieces: int, more: int = 0) -> tuple[Problem, Tensor]:
         (C, p.cu is not None, 256),
     )  # fmt: skip
     cut_ = p._replace(
-        num_sequences=num, length=total, cu=piece_cu, first_chunk=piece_chunk,
+        num_sequences=num, length=total, cu=piece_cu, first_chunk=piece_chunk, order=None,
         constants={**p.constants, "DOCUMENTS": True},
     )  # fmt: skip
     return cut_, first_piece
@@ -253,17 +276,17 @@ def halves(p: Problem, gates: Tensor) -> tuple[Problem, Problem]:
     `first_chunk`, and tokens, are those of the whole.
     """
     heads, num, middle = p.constants["HV"], p.num_sequences, p.num_chunks // 2
-    shapes = (num + 1,), (num,), (num, heads, 6)
-    half_cu, half_chunk, table = (torch.empty(2, *x, dtype=torch.int32, device=gates.device) for x in shapes)
+    shapes = (num + 1,), (num,), (num,), (num, heads, 6)
+    half_cu, half_chunk, order, table = (torch.empty(2, *x, dtype=torch.int32, device=gates.device) for x in shapes)
     _halves(
         num * heads, (where(half_cu), kind(p.cu)),
-        (gates, p.cu, p.first_chunk, p.table, half_cu, half_chunk, table, num, middle),
+        (gates, p.cu, p.first_chunk, p.table, half_cu, half_chunk, order, table, num, p.length, middle),
         (heads, p.constants["C"], FLOOR, 128), num_warps=1,
     )  # fmt: skip
     first, second = (
         p._replace(
             num_chunks=end - begin, cu=half_cu[n], table=p.table[begin:end], first_chunk=half_chunk[n], walks=table[n],
-            origin=begin,
+            origin=begin, order=order[n],
         )
         for n, (begin, end) in enumerate(((0, middle), (middle, p.num_chunks)))
     )  # fmt: skip
