@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import silu
 
 from q3n_functional import params
 from q3n_functional.config import Config
@@ -54,7 +54,8 @@ def mixture_of_experts(
     if config.norm_topk_prob:
         weights_TJ = weights_TJ / weights_TJ.sum(-1, keepdim=True)
     routed_TD = routed(p.experts, x_TD, experts_TJ, weights_TJ, parallel)
-    shared_TD = torch.sigmoid(linear(x_TD, p.shared_expert_gate)) * swiglu(p.shared_expert, x_TD, float8)
+    gate_T = torch.mv(x_TD, p.shared_expert_gate[0])  # a sum that the compiler makes with the norm, not a product
+    shared_TD = torch.sigmoid(gate_T)[:, None] * swiglu(p.shared_expert, x_TD, float8)
     statistics = _router_statistics(probabilities_TE, experts_TJ, valid_BT)
     return (routed_TD + shared_TD).view(x_BTD.shape), statistics
 

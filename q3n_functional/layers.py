@@ -158,7 +158,7 @@ def gated_delta_net(
     behind the last token of every sequence.
     """
     qkv_BTC = _qkv(p, x_BTD, context)
-    a_BTH, b_BTH = linear(x_BTD, p.a), linear(x_BTD, p.b)
+    a_BTH, b_BTH = linear(x_BTD, torch.cat([p.a, p.b])).chunk(2, -1)
     o_BTHV, new = _delta_rule(p, qkv_BTC, a_BTH, b_BTH, context, state, config)
     z_BTHV = _heads(projection(x_BTD, p.z, context.float8), config.linear_value_head_dim)
     gated_BTC = rms_norm_gated(o_BTHV, z_BTHV, p.norm, config.rms_norm_eps).flatten(2)
