@@ -20,7 +20,6 @@ forward scan, where they meet only rows of o that are not stored, and P's rows a
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,7 +35,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from q3n_functional.ops.kernels.launch import Constant, Launcher, kind, where
+from q3n_functional.ops.kernels.launch import Constant, Launcher, is_hopper, kind, where
 
 if TYPE_CHECKING:
     from q3n_functional.ops.kernels.gated_delta_rule import Problem
@@ -591,11 +590,6 @@ def _reverse_scan_kernel(
 _scan, _reverse_scan = Launcher(_scan_kernel), Launcher(_reverse_scan_kernel)
 
 
-@functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device)[0] == 9
-
-
 def _can_be_fetched(x: Tensor) -> bool:
     """Whether the copy engine can fetch whole tiles of a [N, heads, 128] view in 16 bits."""
     token, head, _ = x.stride()
@@ -611,7 +605,7 @@ def serves(p: Problem, *rows: Tensor) -> bool:
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.numel() > 0
         and q.is_cuda
-        and _is_hopper(q.device)
+        and is_hopper(q.device)
         and all(map(_can_be_fetched, (q, p.k, *rows)))
     )
 

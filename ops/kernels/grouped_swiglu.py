@@ -16,6 +16,7 @@ kernel adds those of a token in order: no float atomics, so repeated runs agree 
 slices of columns, so that they never take more than SCRATCH_BYTES.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from q3n_functional.ops.kernels import grouped_swiglu_hopper as hopper
+from q3n_functional.ops.kernels import grouped_swiglu_hopper_rows as hopper_rows
 from q3n_functional.ops.kernels.sigmoid import sigmoid
 from q3n_functional.ops.registration import UnsupportedError
 
@@ -417,6 +420,7 @@ class Config(NamedTuple):
     input_gradient: Tile
     weight_gradient: Tile
     tma: bool = True
+    hopper: bool = False  # whether Hopper's kernels are taken where they can be
     scratch: int = SCRATCH_BYTES
 
 
@@ -428,7 +432,7 @@ CONFIGS = (
     Config(Tile(64, 64, 64, 4, 4), Tile(64, 128, 64, 4, 4), Tile(64, 128, 64, 4, 3), Tile(64, 128, 64, 4, 3),
            Tile(128, 128, 32, 8, 3)),
     Config(Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 4, 3), Tile(128, 256, 64, 8, 4), Tile(128, 256, 64, 8, 4),
-           Tile(256, 128, 64, 8, 7)),
+           Tile(256, 128, 64, 8, 7), hopper=True),
 )  # fmt: skip
 _PLAIN = Tile(32, 32, 32, 4, 2)
 FP32 = Config(_PLAIN, _PLAIN, _PLAIN, _PLAIN, _PLAIN, tma=False)
@@ -497,6 +501,10 @@ def _descriptors(config: Config, *matrices: tuple[Tensor, int, int]) -> list[Ten
         TensorDescriptor(x, [x.numel() // x.shape[-1], x.shape[-1]], [x.shape[-1], 1], [rows, cols]) if legal else None
         for x, rows, cols in matrices
     ]
+
+
+def _hopper_places(p: Problem, places: Sorted) -> hopper_rows.Places:
+    return hopper_rows.Places(*places, p.rows, p.constants["J"])
 
 
 def _table(p: Problem) -> dict[str, int]:
@@ -574,6 +582,9 @@ def _hidden(p: Problem, x: Tensor, weights: Tensor, places: Sorted, gate: Tensor
     """The pre-activations [2, M, F] and the weighted activations [M, F]."""
     tile, inner = p.config.gate_up, gate.shape[1]
     hidden, h = (torch.empty(*n, p.num_slots, inner, dtype=x.dtype, device=x.device) for n in ((2,), ()))
+    if p.config.hopper and hopper_rows.serves(p.constants["D"], inner, x, gate, up):
+        hopper_rows.gate_up(_hopper_places(p, places), x, weights, gate, up, hidden, h)
+        return hidden, h
     tma = _descriptors(p.config, (gate, tile.BN, tile.BK), (up, tile.BN, tile.BK))
     _launch(
         _gate_up_kernel, p.num_tiles * _cdiv(inner, tile.BN), tile, x, weights, p.rows, *places, gate, up, *tma, hidden,
@@ -584,6 +595,9 @@ def _hidden(p: Problem, x: Tensor, weights: Tensor, places: Sorted, gate: Tensor
 
 def _output(p: Problem, x: Tensor, h: Tensor, places: Sorted, down: Tensor) -> Tensor:
     tile = p.config.down
+    if p.config.hopper and hopper_rows.serves(p.constants["D"], p.constants["F"], h, down):
+        make = functools.partial(hopper_rows.down_rows, _hopper_places(p, places), h, down)
+        return _summed(p, tile._replace(BN=hopper_rows.COLS), x, lambda programs, *out: make(*out))
     tma = _descriptors(p.config, (h, tile.BM, tile.BK), (down, tile.BN, tile.BK))
 
     def launch(programs: int, out: Tensor, first: int, number: int) -> None:
@@ -618,10 +632,13 @@ def _hidden_gradient(
     p: Problem, dy: Tensor, weights: Tensor, hidden: Tensor, places: Sorted, down: Tensor
 ) -> tuple[Tensor, Tensor]:
     """da, db and the weighted activations [3, M, F], and the gradient of the weights."""
-    tile = p.config.hidden_gradient
-    blocks = _cdiv(hidden.shape[2], tile.BN)
+    tile, inner = p.config.hidden_gradient, hidden.shape[2]
+    blocks = _cdiv(inner, tile.BN)
     dhidden = torch.empty(3, *hidden.shape[1:], dtype=hidden.dtype, device=hidden.device)
     parts = torch.empty(*weights.shape, blocks, dtype=torch.float32, device=hidden.device)
+    if p.config.hopper and hopper_rows.serves(p.constants["D"], inner, dy, down):
+        hopper_rows.hidden_gradient(_hopper_places(p, places), dy, weights, hidden, down, dhidden, parts)
+        return dhidden, parts.sum(-1).to(weights.dtype)
     (tma,) = _descriptors(p.config, (down, tile.BK, tile.BN))
     _launch(
         _hidden_gradient_kernel, p.num_tiles * blocks, tile, dy, weights, p.rows, *places, down, tma, hidden, dhidden,
@@ -634,10 +651,13 @@ def _weight_gradients(p: Problem, dy: Tensor, x: Tensor, dhidden: Tensor, places
     tile, (experts, inner, width) = p.config.weight_gradient, gate.shape
     shapes = ((experts, inner, width), (experts, inner, width), (experts, width, inner))
     gradients = [torch.empty(shape, dtype=gate.dtype, device=gate.device) for shape in shapes]
-    programs = 3 * experts * _cdiv(inner, tile.BM) * _cdiv(width, tile.BN)
     constants, order = p.constants, places.order
     if p.rows is not None:  # one indirection in the loop, not two
         constants, order = {**constants, "J": 1}, p.rows[order // constants["J"]]
+    if p.config.hopper and hopper.serves(x, dy, width, inner):
+        hopper.weight_gradients(x, dy, dhidden, order, places.ends, gradients, constants["J"])
+        return gradients
+    programs = 3 * experts * _cdiv(inner, tile.BM) * _cdiv(width, tile.BN)
     _launch(
         _weight_gradient_kernel, programs, tile, x, dy, dhidden, order, places.ends, *gradients, p.num_slots,
         x.stride(0), dy.stride(0), **constants, DOT=p.dot,
@@ -647,6 +667,9 @@ def _weight_gradients(p: Problem, dy: Tensor, x: Tensor, dhidden: Tensor, places
 
 def _input_gradient(p: Problem, x: Tensor, dhidden: Tensor, places: Sorted, gate: Tensor, up: Tensor) -> Tensor:
     tile, rows = p.config.input_gradient, dhidden.flatten(0, 1)
+    if p.config.hopper and hopper_rows.serves(p.constants["D"], p.constants["F"], dhidden, gate, up):
+        make = functools.partial(hopper_rows.input_gradient_rows, _hopper_places(p, places), dhidden, gate, up)
+        return _summed(p, tile._replace(BN=hopper_rows.COLS), x, lambda programs, *out: make(*out))
     tma = _descriptors(p.config, (rows, tile.BM, tile.BK), (gate, tile.BK, tile.BN), (up, tile.BK, tile.BN))
 
     def launch(programs: int, out: Tensor, first: int, number: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable
 from typing import Any
 
@@ -43,6 +44,12 @@ def kind(x: Tensor | None) -> Hashable:
 def where(x: Tensor) -> Hashable:
     """The device that a kernel of x is compiled and loaded for: Triton's is the current one."""
     return torch.cuda.current_device() if x.is_cuda else -1
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether a card has the instructions that the kernels in Gluon are made of."""
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 class Constant(gluon.language.constexpr):  # type: ignore[misc]
