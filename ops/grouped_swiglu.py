@@ -33,7 +33,8 @@ def grouped_swiglu(
     wait for the device. weights_TJ: [T, J], any floating dtype. gate, up: [E, F, D]; down: [E, D, F]. x, gate, up and
     down share a dtype. Returns y in it, like x. No token is dropped whatever the load; nothing waits for the device;
     only experts with tokens are read, and the others get gradients of zero. Sums are fp32 (fp64 for fp64 inputs);
-    rounded to x's dtype are the pre-activations, the weighted activations, and each expert's output.
+    rounded to x's dtype are the pre-activations, the weighted activations, each expert's output, and, on Hopper and
+    without CUDA, the gradient of the activations.
 
     Memory, in bytes a routed token at s bytes an element: saved for backward are 2 F s + 4, the pre-activations and the
     order, besides the inputs. For as long as they run, forward takes F s and backward 3 F s + F / 8 more, and both take

@@ -27,7 +27,7 @@ CASES = {
     "rows of tokens": {"tokens": 200, "shared": 90, "per_token": 2},
     "columns in slices": {"tokens": 300, "scratch": 1},
 }
-LAUNCHES = ["down_rows", "gate_up", "hidden_gradient", "input_gradient_rows", "weight_gradients"]
+LAUNCHES = ["down_rows", "hidden_gradient", "input_gradient_rows", "weight_gradients"]
 
 
 def config(scratch=2**29, **_):
@@ -60,14 +60,14 @@ def test_matches_float64_and_repeats(through_hopper, options, dtype):
 
 
 def test_real_widths_beside_the_plain_kernels(through_hopper):
-    """Sums are made in the same order: forward agrees in its bits, the rest but for a rounding of hidden's gradient."""
+    """Sums are made in the same order: all but what hidden's gradient, rounded here, goes into agrees in its bits."""
     inputs = build(tokens=4096, experts=128, per_token=10, width=2048, inner=512, dtype=torch.bfloat16)
     found, _ = outputs(inputs, config())
     assert sorted(through_hopper) == LAUNCHES
     wanted, _ = outputs(inputs, config()._replace(hopper=False))
-    assert all(torch.equal(found[name], wanted[name]) for name in ("y", "hidden"))
+    assert all(torch.equal(found[name], wanted[name]) for name in ("y", "ddown"))
     for name, x in found.items():
-        assert (x.double() - wanted[name]).norm() <= 4e-3 * wanted[name].double().norm(), name
+        assert (x.double() - wanted[name]).norm() <= 6e-3 * wanted[name].double().norm(), name
 
 
 @pytest.mark.parametrize(
@@ -78,4 +78,4 @@ def test_real_widths_beside_the_plain_kernels(through_hopper):
 def test_does_not_serve(through_hopper, options):
     inputs = build(**{"tokens": 30, "dtype": torch.bfloat16, **WIDE, **options})
     outputs(inputs, kernels().FP32 if inputs[1].dtype == torch.float32 else config())
-    assert not {*through_hopper} & {"gate_up", "weight_gradients"}
+    assert "weight_gradients" not in through_hopper
