@@ -230,8 +230,8 @@ _pieces, _walks, _halves = Launcher(_pieces_kernel), Launcher(_walks_kernel), La
 def cut(p: Problem, pieces: int, more: int = 0) -> tuple[Problem, Tensor]:
     """The problem whose sequences are pieces of about 1/`pieces` of an average one, and each sequence's first piece.
 
-    The first piece of a sequence has `more` chunks than others. Chunks and tokens stay where they are: what was stored
-    for the chunks of `p` serves for the pieces.
+    A sequence's first piece has `more` chunks besides. Chunks and tokens stay where they are: what was stored for the
+    chunks of `p` serves for the pieces.
     """
     C = int(p.constants["C"])
     total, sequences = p.q.shape[0], max(p.num_sequences, 1)
