@@ -22,6 +22,7 @@ from q3n_functional.layers import Context, context, decoder_layer, on_ranks, rms
 from q3n_functional.packing import IGNORE, Documents, same_document, shift
 from q3n_functional.parallel import ahead
 from q3n_functional.parallel.context import piece
+from q3n_functional.parallel.embedding import embed_rows, goes_by_rows
 from q3n_functional.parallel.placement import Parallel, cross_entropy, embed, summed, whole, worth
 from q3n_functional.params import DecoderLayer, MultiTokenPrediction, Parameters
 from q3n_functional.recompute import Recompute, recomputed
@@ -323,13 +324,19 @@ def loss(
     recompute: what each layer computes again in backward rather than keeps; see `q3n_functional.recompute`.
     float8: the layers' products that are in float8; see `q3n_functional.float8`.
     """
-    use: ahead.Use = partial(_used, _parts(params))
+    own_BT = piece(tokens_BT, parallel)
+    by_rows = goes_by_rows(own_BT, parallel)
+    parts = _parts(params, by_rows)
+    use: ahead.Use = partial(_used, parts)
     if stages.ahead and parallel is not None:
-        use = ahead.begin(_parts(params), _parts(parallel.layouts), parallel, stages.reshard_after_forward)
+        use = ahead.begin(parts, _parts(parallel.layouts, by_rows), parallel, stages.reshard_after_forward)
         parallel = parallel._replace(gathered=True)
     shared = context(tokens_BT, documents, None, config)._replace(float8=float8)
     shared = on_ranks(shared, tokens_BT, parallel, config=config)
-    x_BTD = embed(piece(tokens_BT, parallel), use(0, _outer, "embed_tokens", parallel), parallel)
+    if by_rows and parallel is not None:
+        x_BTD = embed_rows(own_BT, params.embed_tokens, parallel)
+    else:
+        x_BTD = embed(own_BT, use(0, _outer, "embed_tokens", parallel), parallel)
     statistics = []
     for i in range(len(params.layers)):
         layouts = parallel and parallel.layouts.layers[i]
@@ -343,11 +350,11 @@ def loss(
     return result
 
 
-def _parts(params: Parameters) -> tuple[Any, ...]:
+def _parts(params: Parameters, by_rows: bool) -> tuple[Any, ...]:
     """What each function of a loss reads: the tree with the embedding alone, every layer, the tree for `finish`."""
     nothing: Any = ()
     again = isinstance(params.lm_head, tuple) or isinstance(params.mtp, MultiTokenPrediction)
-    first = Parameters(params.embed_tokens, (), nothing, (), ())
+    first = Parameters(nothing if by_rows else params.embed_tokens, (), nothing, (), ())
     behind = params._replace(embed_tokens=params.embed_tokens if again else nothing, layers=())
     return first, *params.layers, behind
 

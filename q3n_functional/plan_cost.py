@@ -138,8 +138,8 @@ def _piece_attention_workspace(q: Tensor, k: Tensor, *rest: Any) -> int:
 
 
 def _piece_attention_gradient_workspace(do: Tensor, q: Tensor, k: Tensor, *rest: Any) -> int:
-    # All gradients in fp32, and of one block the piece of do, q, o and dq, this in fp32 too; cuDNN, whose blocks have as
-    # many keys, takes their gradients apart for every query head.
+    # All gradients in fp32; of one block the piece of do, q, o and dq, this in fp32 too, and cuDNN's gradients of as
+    # many keys, apart for every query head.
     return 4 * (q.numel() + 2 * k.numel()) + q.numel() // 2 * (6 * q.itemsize + 4)
 
 

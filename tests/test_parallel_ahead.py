@@ -29,6 +29,8 @@ TWO = [
     ("aot_eager", Case("dp=2", LINEAR, recompute="selective")),
     ("inductor", Case("dp=2", {**LINEAR, **DENSE, "num_nextn_predict_layers": 0}, packed=False)),
     ("kept ", Case("dp=2", SHALLOW)),
+    ("", Case("dp=2", {**SHALLOW, "vocab_size": 1024, "tie_word_embeddings": True})),
+    ("kept ", Case("ep=2", {**SHALLOW, "vocab_size": 1024})),
     ("kept aot_eager", Case("dp=2", LINEAR, recompute="selective")),
 ]
 FOUR = [("", Case("dp=2,tp=2", SHALLOW)), ("", Case("replicate=2,dp=2", SHALLOW, packed=False))]

@@ -6,8 +6,13 @@ from tests import parallel_ranks
 from tests.parallel_ranks import SHALLOW, Case, launch
 from tests.simulated import simulate
 
+# More words than tokens: those travel, and not the table.
+MANY = {**SHALLOW, "vocab_size": 1024}
 TWO = [
     Case("dp=2"),
+    Case("dp=2", MANY),
+    Case("cp=2", {**MANY, "tie_word_embeddings": True}),
+    Case("ep=2", MANY),
     Case("dp=2", packed=False, recompute="selective"),
     Case("replicate=2"),
     Case("tp=2"),
@@ -21,6 +26,7 @@ TWO = [
 FOUR = [
     Case("dp=2,tp=2", SHALLOW),
     Case("replicate=2,dp=2", SHALLOW),
+    Case("dp=2,ep=2", MANY),
     Case("cp=4", SHALLOW),
     Case("cp=4", SHALLOW, packed=False),
     Case("ep=2,tp=2", SHALLOW),
@@ -34,9 +40,12 @@ EIGHT = [
     Case("dp=2,ep=2,tp=2", {**ONE_KEY_HEAD, "linear_num_value_heads": 6}),
     Case("cp=2,ep=2,tp=2", {**SHALLOW, "linear_num_value_heads": 6}, sequence=False, recompute="selective"),
     Case("replicate=2,dp=2,cp=2", SHALLOW, recompute="full"),
+    Case("replicate=2,cp=2,ep=2", MANY),
 ]
 # Inductor compiles tp=2 in test_parallel_train.
-COMPILED = [Case(layout, SHALLOW, backend="aot_eager") for layout in ("dp=2", "cp=2", "ep=2")]
+COMPILED = [
+    Case(layout, MANY if layout == "dp=2" else SHALLOW, backend="aot_eager") for layout in ("dp=2", "cp=2", "ep=2")
+]
 
 
 @pytest.mark.parametrize(("ranks", "cases"), [(2, TWO), (4, FOUR), (2, COMPILED)], ids=["two", "four", "compiled"])
