@@ -34,7 +34,7 @@ dp=2
   all_reduce             fsdp          0   17    0
   all_reduce             tokens        2    1    0
   all_reduce             world         2    0    1
-  gathered 53, kept 2
+  gathered 54, kept 2
 replicate=2
   all_reduce             replicate     0   65    0
   all_reduce             tokens        2    1    0
@@ -55,7 +55,7 @@ cp=2
   all_reduce             fsdp          0   17    0
   all_reduce             tokens        2    1    0
   all_reduce             world         2    0    1
-  gathered 53, kept 2
+  gathered 54, kept 2
 ep=2
   all_reduce             ep            0   56    0
   all_reduce             tokens        2    1    0
