@@ -51,6 +51,13 @@ barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @gluon.jit
+def release(empty):
+    """Tell the copying warps that this warpgroup has read a buffer."""
+    barrier()
+    mbarrier.arrive(empty, count=1)
+
+
+@gluon.jit
 def _sequence(n, cu, first_chunk, T, DOCUMENTS: gl.constexpr):
     """First token, length and first chunk of a sequence."""
     if DOCUMENTS:

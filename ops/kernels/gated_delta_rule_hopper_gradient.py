@@ -32,7 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from q3n_functional.ops.kernels.gated_delta_rule_hopper import NUM_SMS, barrier, matrix_tiles, row_tiles
+from q3n_functional.ops.kernels.gated_delta_rule_hopper import NUM_SMS, barrier, matrix_tiles, release, row_tiles
 from q3n_functional.ops.kernels.launch import Constant, Launcher, kind, where
 
 if TYPE_CHECKING:
@@ -76,13 +76,6 @@ def _tell(info, chunk, start, hk):
     at = gl.arange(0, 4, gl.BlockedLayout([4], [32], [1], [0]))
     info.store(gl.where(at == 0, chunk, gl.where(at == 1, start, hk)))
     barrier()
-
-
-@gluon.jit
-def _release(empty):
-    """Tell the copying warp that this warpgroup has read a buffer."""
-    barrier()
-    mbarrier.arrive(empty, count=1)
 
 
 @gluon.jit
@@ -237,7 +230,7 @@ def _queries(
             d_c += _dot_rows(x1, halves_s.index(1).load(MMA)) * gam
             dQ1 += x1 * _rows(gam)
             dQ0 = warpgroup_mma(D_low, k0, dQ0, is_async=True)
-            _release(bars.index(EMPTY + STATES))
+            release(bars.index(EMPTY + STATES))
             gl.store(sums + (chunk * HV + hv).to(gl.int64) * 384 + gl.arange(0, 64, ROW), d_c * r_q)
             if not SCALED:
                 _store_scaled(dv, start, HV, hv, tiles_s.index(3 * s + 2), c_b)
@@ -254,11 +247,11 @@ def _queries(
                 # Loads of q may be under way when the copy engine is told that it may write there: ptxas moves their
                 # uses behind the barrier, and the barrier orders them with other loads and stores only.
                 fence_async_shared()
-                _release(bars.index(EMPTY + Q))
+                release(bars.index(EMPTY + Q))
                 mbarrier.arrive(bars.index(EMPTY + K + m % 2), count=1)
                 _store(dq, start, HK, hk, 0, dQ0, MMA)
                 _store(dq, start, HK, hk, 64, dQ1, MMA)
-            _release(bars.index(EMPTY + ROWS + s))
+            release(bars.index(EMPTY + ROWS + s))
             n += 1
         m += 1
         mbarrier.wait(bars.index(K + m % 2), m // 2 & 1)
@@ -351,7 +344,7 @@ def _keys(
             mbarrier.wait(bars.index(EMPTY + MATRIX + HALF), (n & 1) ^ 1)
             halves_s.index(6 + HALF).store(low)
             fence_async_shared()
-            _release(bars.index(MATRIX + HALF))
+            release(bars.index(MATRIX + HALF))
             y = _times(gl.convert_layout(low, OPERAND), mine)
             mbarrier.wait(bars.index(MATRIX + 1 - HALF), n & 1)
             y = warpgroup_mma(halves_s.index(7 - HALF), other, y, is_async=True)
@@ -380,7 +373,7 @@ def _keys(
             xZ = warpgroup_mma_wait(0, deps=[xZ])
             to_last += _dot_rows(xZ, rows) * (gam * r_k)
             dK -= xZ * _rows(gam)
-            _release(bars.index(EMPTY + STATES))
+            release(bars.index(EMPTY + STATES))
             mbarrier.arrive(bars.index(EMPTY + MATRIX + 1 - HALF), count=1)
             d_c = d_c * r_k - to_last + gl.where(gl.arange(0, 64, ROW) == 63, at_last, 0.0)
             at = sums + (chunk * HV + hv).to(gl.int64) * 384 + HALF * 192 + gl.arange(0, 64, ROW)
@@ -390,14 +383,14 @@ def _keys(
                 if NORMALISE:
                     along = _dot_rows(dK, rows)
                     sums_s.index(HALF).store(along)
-                    _release(bars.index(SUMS + HALF))
+                    release(bars.index(SUMS + HALF))
                     mbarrier.wait(bars.index(SUMS + 1 - HALF), m & 1)
                     along = (along + sums_s.index(1 - HALF).load(ROW)) * r_k * r_k
                     dK = (dK - rows.to(gl.float32) * _rows(along)) * _rows(r_k)
-                _release(bars.index(EMPTY + Q))
+                release(bars.index(EMPTY + Q))
                 mbarrier.arrive(bars.index(EMPTY + K + m % 2), count=1)
                 _store(dk, start, HK, hk, 64 * HALF, dK, MMA)
-            _release(bars.index(EMPTY + ROWS + s))
+            release(bars.index(EMPTY + ROWS + s))
             n += 1
         m += 1
         mbarrier.wait(bars.index(K + m % 2), m // 2 & 1)

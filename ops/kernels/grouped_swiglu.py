@@ -593,9 +593,9 @@ def _hidden(p: Problem, x: Tensor, weights: Tensor, places: Sorted, gate: Tensor
 
 def _output(p: Problem, x: Tensor, h: Tensor, places: Sorted, down: Tensor) -> Tensor:
     tile = p.config.down
-    if p.config.hopper and hopper_rows.serves(p.constants["D"], p.constants["F"], h, down):
+    if p.config.hopper and hopper.serves(p.constants["D"], p.constants["F"], h, down):
         make = functools.partial(hopper_rows.down_rows, _hopper_places(p, places), h, down)
-        return _summed(p, tile._replace(BN=hopper_rows.COLS), x, lambda programs, *out: make(*out))
+        return _summed(p, tile._replace(BN=hopper.COLS), x, lambda programs, *out: make(*out))
     tma = _descriptors(p.config, (h, tile.BM, tile.BK), (down, tile.BN, tile.BK))
 
     def launch(programs: int, out: Tensor, first: int, number: int) -> None:
@@ -634,7 +634,7 @@ def _hidden_gradient(
     blocks = _cdiv(inner, tile.BN)
     dhidden = torch.empty(3, *hidden.shape[1:], dtype=hidden.dtype, device=hidden.device)
     parts = torch.empty(*weights.shape, blocks, dtype=torch.float32, device=hidden.device)
-    if p.config.hopper and hopper_rows.serves(p.constants["D"], inner, dy, down):
+    if p.config.hopper and hopper.serves(p.constants["D"], inner, dy, down):
         hopper_rows.hidden_gradient(_hopper_places(p, places), dy, weights, hidden, down, dhidden, parts)
         return dhidden, parts.sum(-1).to(weights.dtype)
     (tma,) = _descriptors(p.config, (down, tile.BK, tile.BN))
@@ -652,7 +652,7 @@ def _weight_gradients(p: Problem, dy: Tensor, x: Tensor, dhidden: Tensor, places
     constants, order = p.constants, places.order
     if p.rows is not None:  # one indirection in the loop, not two
         constants, order = {**constants, "J": 1}, p.rows[order // constants["J"]]
-    if p.config.hopper and hopper.serves(x, dy, width, inner):
+    if p.config.hopper and hopper.serves(width, inner, x, dy):
         hopper.weight_gradients(x, dy, dhidden, order, places.ends, gradients, constants["J"])
         return gradients
     programs = 3 * experts * _cdiv(inner, tile.BM) * _cdiv(width, tile.BN)
@@ -665,9 +665,9 @@ def _weight_gradients(p: Problem, dy: Tensor, x: Tensor, dhidden: Tensor, places
 
 def _input_gradient(p: Problem, x: Tensor, dhidden: Tensor, places: Sorted, gate: Tensor, up: Tensor) -> Tensor:
     tile, rows = p.config.input_gradient, dhidden.flatten(0, 1)
-    if p.config.hopper and hopper_rows.serves(p.constants["D"], p.constants["F"], dhidden, gate, up):
+    if p.config.hopper and hopper.serves(p.constants["D"], p.constants["F"], dhidden, gate, up):
         make = functools.partial(hopper_rows.input_gradient_rows, _hopper_places(p, places), dhidden, gate, up)
-        return _summed(p, tile._replace(BN=hopper_rows.COLS), x, lambda programs, *out: make(*out))
+        return _summed(p, tile._replace(BN=hopper.COLS), x, lambda programs, *out: make(*out))
     tma = _descriptors(p.config, (rows, tile.BM, tile.BK), (gate, tile.BK, tile.BN), (up, tile.BK, tile.BN))
 
     def launch(programs: int, out: Tensor, first: int, number: int) -> None:

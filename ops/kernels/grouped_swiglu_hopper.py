@@ -27,12 +27,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from q3n_functional.ops.kernels.gated_delta_rule_hopper import NUM_SMS, barrier, matrix_tiles
+from q3n_functional.ops.kernels.gated_delta_rule_hopper import NUM_SMS, barrier, matrix_tiles, release
 from q3n_functional.ops.kernels.launch import Constant, Launcher, is_hopper, where
 
 STAGES = Constant(4)
 LAG = Constant(2)  # steps whose gathered rows are still on their way when the next one's are asked for
-MODEL_DIMS, INNER_DIMS = 128, 256
+COLS = 256  # of a tile of inner dims here, and of a tile of rows in grouped_swiglu_hopper_rows.py
+MODEL_DIMS = 128
 # Barriers: a stage holds its rows; a stage was read. Then the same of the two places where tiles are told.
 FULL, EMPTY, TOLD, HEARD = Constant(0), Constant(4), Constant(8), Constant(10)
 GROUP = Constant(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 256, 16]))
@@ -53,12 +54,6 @@ def _tell(info, heard, told, tile, steps):
     info.store(gl.where(at == 0, tile, steps))
     barrier()
     mbarrier.arrive(told, count=1)
-
-
-@gluon.jit
-def _release(empty):
-    barrier()
-    mbarrier.arrive(empty, count=1)
 
 
 @gluon.jit
@@ -135,7 +130,8 @@ def _gather(
 
 
 @gluon.jit
-def _halves(x):
+def halves(x):
+    """The left and the right columns of x."""
     M: gl.constexpr = x.shape[0]
     N: gl.constexpr = x.shape[1]
     return gl.split(x.reshape([M, 2, N // 2]).permute((0, 2, 1)))
@@ -153,7 +149,7 @@ def _multiply(
     tile = _told(info_s.index(0), 0)
     while tile >= 0:
         steps = _told(info_s.index(turn % 2), 1)
-        _release(bars.index(HEARD + turn % 2))
+        release(bars.index(HEARD + turn % 2))
         e, part, m, n = _place(tile, M_BLOCKS, N_BLOCKS)
         acc = gl.zeros([64, 256], gl.float32, GROUP)
         for _ in range(0, steps):
@@ -161,11 +157,11 @@ def _multiply(
             mbarrier.wait(bars.index(FULL + s), step // STAGES & 1)
             acc = warpgroup_mma(outer_s.index(2 * s + HALF).permute((1, 0)), inner_s.index(s), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
-            _release(bars.index(EMPTY + s))
+            release(bars.index(EMPTY + s))
             step += 1
-        left, right = _halves(acc.to(out_s.dtype))
-        first, second = _halves(left)
-        third, fourth = _halves(right)
+        left, right = halves(acc.to(out_s.dtype))
+        first, second = halves(left)
+        third, fourth = halves(right)
         quarters = (first, second, third, fourth)
         d = m * 128 + HALF * 64
         for q in gl.static_range(4):
@@ -219,15 +215,15 @@ def _weight_gradient_kernel(
 _weight_gradients = Launcher(_weight_gradient_kernel)
 
 
-def serves(x: Tensor, dy: Tensor, width: int, inner: int) -> bool:
-    """Whether the kernel can take rows of x and dy and experts of these widths."""
+def serves(width: int, inner: int, *tensors: Tensor) -> bool:
+    """Whether Hopper's kernels can take experts of these widths and the tensors that they read whole."""
     return (
-        x.dtype in (torch.bfloat16, torch.float16)
-        and x.is_cuda
-        and is_hopper(x.device)
-        and width % MODEL_DIMS == 0
-        and inner % INNER_DIMS == 0
-        and all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in (x, dy))
+        tensors[0].dtype in (torch.bfloat16, torch.float16)
+        and tensors[0].is_cuda
+        and is_hopper(tensors[0].device)
+        and width % COLS == 0
+        and inner % COLS == 0
+        and all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in tensors)
     )
 
 
@@ -240,8 +236,8 @@ def weight_gradients(
     counter = torch.zeros(1, dtype=torch.int32, device=x.device)
     _weight_gradients(
         NUM_SMS, (where(x), x.dtype),
-        (x, dy, order, ends, counter, matrix_tiles(dhidden, inner, 64, INNER_DIMS), matrix_tiles(dgate, width, 64, 64),
+        (x, dy, order, ends, counter, matrix_tiles(dhidden, inner, 64, COLS), matrix_tiles(dgate, width, 64, 64),
          matrix_tiles(dup, width, 64, 64), matrix_tiles(ddown, inner, 64, 64), dhidden.shape[1],
-         3 * experts * (width // MODEL_DIMS) * (inner // INNER_DIMS)),
+         3 * experts * (width // MODEL_DIMS) * (inner // COLS)),
         (per_row, width, inner), num_warps=4,
     )  # fmt: skip

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -28,11 +27,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from q3n_functional.ops.kernels.gated_delta_rule_hopper import NUM_SMS, barrier, matrix_tiles
-from q3n_functional.ops.kernels.launch import Constant, Launcher, is_hopper, kind, where
+from q3n_functional.ops.kernels.gated_delta_rule_hopper import NUM_SMS, barrier, matrix_tiles, release
+from q3n_functional.ops.kernels.grouped_swiglu_hopper import halves
+from q3n_functional.ops.kernels.launch import Constant, Launcher, kind, where
 
 DOWN, HIDDEN, INPUT = Constant(0), Constant(1), Constant(2)
-ROWS, COLS = 128, 256  # of a tile
 STAGES = Constant(3)
 # Barriers: a stage holds its operands; a stage was read; a group's result is there; it was taken.
 FULL, EMPTY, MADE, TAKEN = Constant(0), Constant(3), Constant(6), Constant(8)
@@ -141,17 +140,9 @@ def _fetch_sorted(
 
 
 @gluon.jit
-def _release(empty):
-    barrier()
-    mbarrier.arrive(empty, count=1)
-
-
-@gluon.jit
 def _leave(x, to, at: gl.constexpr):
     """x in two tiles of 64 columns."""
-    M: gl.constexpr = x.shape[0]
-    N: gl.constexpr = x.shape[1]
-    left, right = gl.split(x.to(to.dtype).reshape([M, 2, N // 2]).permute((0, 2, 1)))
+    left, right = halves(x.to(to.dtype))
     to.index(at).store(left)
     to.index(at + 1).store(right)
 
@@ -184,11 +175,11 @@ def _multiply(
                 mbarrier.arrive(bars.index(EMPTY + (step + STAGES - 1) % STAGES), count=1, pred=k > 0)
                 step += 1
             left, right = warpgroup_mma_wait(0, deps=[left, right])
-            _release(bars.index(EMPTY + (step + STAGES - 1) % STAGES))
+            release(bars.index(EMPTY + (step + STAGES - 1) % STAGES))
             mbarrier.wait(bars.index(TAKEN + HALF), (turn & 1) ^ 1)
             _leave(left, out_s, 4 * HALF)
             _leave(right, out_s, 4 * HALF + 2)
-            _release(bars.index(MADE + HALF))
+            release(bars.index(MADE + HALF))
             turn += 1
 
 
@@ -262,7 +253,7 @@ def _finish(
                         for q in gl.static_range(4):
                             x = out_s.index(4 * half + q).slice(16 * part, 16).load(FLAT)
                             gl.store(to + 64 * q, x, mask=mask)
-                _release(bars.index(TAKEN + half))
+                release(bars.index(TAKEN + half))
             turn += 1
 
 
@@ -310,21 +301,8 @@ def _rows_kernel(
 _rows = Launcher(_rows_kernel)
 
 
-def serves(width: int, inner: int, *tensors: Tensor) -> bool:
-    """Whether the kernel can take experts of these widths and the tensors that it reads whole."""
-    x = tensors[0]
-    return (
-        x.dtype in (torch.bfloat16, torch.float16)
-        and x.is_cuda
-        and is_hopper(x.device)
-        and width % COLS == 0
-        and inner % COLS == 0
-        and all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in tensors)
-    )
-
-
 class Places(NamedTuple):
-    """order [M], ends [E], the table of tiles of ROWS rows, the tokens of rows where several are one's, rows' slots."""
+    """order [M], ends [E], the table of tiles of 128 rows, the tokens of rows where several are one's, rows' slots."""
 
     order: Tensor
     ends: Tensor
