@@ -80,7 +80,8 @@ def derivatives(function, q, k, v, *where, **options):
 def assert_close(actual, expected, tolerance):
     for name, a, e in zip(("o", "dq", "dk", "dv"), actual, expected, strict=True):
         assert a.shape == e.shape, name
-        assert (a.double() - e.double()).norm() <= tolerance * max(e.double().norm(), 1e-2), name
+        # The floor is the size of the summands: with one key, dq is nought in exact arithmetic, and what its sums round to.
+        assert (a.double() - e.double()).norm() <= tolerance * max(e.double().norm(), 1), name
 
 
 @each_pack
