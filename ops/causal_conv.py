@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 
 from q3n_functional.ops import sharding
-from q3n_functional.ops.registration import Impl, Outputs, check_documents, define, differentiable, gradient, wide
+from q3n_functional.ops.registration import (
+    Impl,
+    Outputs,
+    check_documents,
+    composite,
+    define,
+    differentiable,
+    gradient,
+    transform_is_active,
+    wide,
+)
 
 
 def causal_conv(
@@ -35,6 +45,34 @@ def causal_conv(
     _check(x_BTC, weight_CW, initial_state, cu_seqlens)
     y, state = _causal_conv(x_BTC, weight_CW, initial_state, cu_seqlens, impl)
     return y, state
+
+
+def causal_conv_qkv(
+    x_BTC: Tensor,
+    weight_CW: Tensor,
+    channels: tuple[int, int, int],
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`causal_conv` of queries, keys and values that lie side by side: q, k, v and the final state.
+
+    channels: of each of the three; q, k and v are views of y. Backward reads the three gradients where they lie, which
+    that of a split would first copy into one tensor.
+
+    Raises ValueError for shapes or dtypes that do not fit.
+    """
+    _check(x_BTC, weight_CW, initial_state, cu_seqlens)
+    if len(channels) != 3 or sum(channels) != x_BTC.shape[2]:
+        raise ValueError(f"channels must be three numbers that add up to {x_BTC.shape[2]}, got {tuple(channels)}")
+    arguments = x_BTC, weight_CW, initial_state, cu_seqlens
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments)
+    if not wanted or transform_is_active():
+        y, state = _causal_conv(*arguments, impl)
+        q, k, v = y.split(channels, -1)
+    else:
+        q, k, v, state = _causal_conv_qkv(*arguments, channels, impl)
+    return q, k, v, state
 
 
 def _check(x: Tensor, weight: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None) -> None:
@@ -200,6 +238,46 @@ _forward_op = define(
 )
 _causal_conv = differentiable(_forward_op, _setup_context, _backward_of_op, rows=("x", "initial_state"))
 
+_qkv_backward_op = define(
+    "causal_conv_qkv_backward",
+    "(Tensor dq, Tensor dk, Tensor dv, Tensor? dfinal_state, Tensor x, Tensor weight, Tensor? initial_state, "
+    "Tensor? cu_seqlens, str impl) -> (Tensor, Tensor, Tensor)",
+    reference=lambda dq, dk, dv, *rest: _backward(torch.cat([dq, dk, dv], -1), *rest),
+    fake=lambda dq, dk, dv, *rest: _fake_backward(None, *rest),
+    kernel="causal_conv:backward_of_parts",
+)
+_causal_conv_qkv_backward = gradient(_qkv_backward_op)
+
+
+class _CausalConvQKV(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        *tensors, ctx.channels, ctx.impl = arguments
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        y, state = _forward_op(*tensors, ctx.impl)
+        return *y.split(ctx.channels, -1), state
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, initial, cu_seqlens = ctx.saved_tensors
+        parts = [
+            x.new_zeros(*x.shape[:2], size) if dy is None else dy
+            for dy, size in zip(gradients[:3], ctx.channels, strict=True)
+        ]
+        dx, dweight, dinitial = _causal_conv_qkv_backward(
+            *parts, gradients[3], x, weight, initial, cu_seqlens, ctx.impl
+        )
+        return dx, dweight, None if initial is None else dinitial, None, None, None
+
+
+_causal_conv_qkv = composite(
+    "causal_conv_qkv(Tensor x, Tensor weight, Tensor? initial_state, Tensor? cu_seqlens, int[] channels, str impl) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _CausalConvQKV.apply,
+)
+
+
 _BY_ROWS = sharding.Split({"x": 0, "initial_state": 0}, (0, 0), ("x",), documents=False)
 _BY_CHANNELS = sharding.Split({"x": 2, "weight": 0, "initial_state": 1}, (2, 1), ("x",))
 _INPUTS = ("x", "weight", "initial_state")
@@ -210,5 +288,10 @@ sharding.register(
         sharding.gradient_split(_BY_ROWS, _INPUTS, {"dy": 0, "dfinal_state": 0}),
         sharding.gradient_split(_BY_CHANNELS, _INPUTS, {"dy": 2, "dfinal_state": 1}),
     ),
+    absent={2: "initial_state"},
+)
+sharding.register(
+    _qkv_backward_op,
+    (sharding.gradient_split(_BY_ROWS, _INPUTS, dict.fromkeys(("dq", "dk", "dv", "dfinal_state"), 0)),),
     absent={2: "initial_state"},
 )

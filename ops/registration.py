@@ -95,6 +95,18 @@ def define(
     return overload
 
 
+def composite(schema: str, function: Callable[..., Any]) -> OpOverload:
+    """Register an op that is only a name for `function`, which applies an autograd.Function; return it.
+
+    AOTAutograd never finds a graph with an autograd.Function in its cache, and finds one with such an op.
+    """
+    _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    name = schema.split("(")[0]
+    _library.impl(name, function, "CompositeImplicitAutograd")
+    overload: OpOverload = getattr(torch.ops.q3n, name).default
+    return overload
+
+
 def _run(name: str, reference: Callable[..., Outputs], kernel: str | None, *args: Any) -> Outputs:
     *arguments, impl = args
     if impl not in IMPLS:

@@ -18,11 +18,11 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional
 
-from q3n_functional.ops.registration import transform_is_active
+from q3n_functional.ops.registration import composite, transform_is_active
 
 logger = logging.getLogger(__name__)
 
@@ -107,15 +107,12 @@ class _Product(torch.autograd.Function):
 
 # Under torch.func.grad Dynamo would trace `forward` alone and lose the gradient: it must not look inside.
 torch.compiler.allow_in_graph(_Product)
-# A graph with an autograd.Function is never found in AOTAutograd's cache. An operator that is only a name for one is.
-_library = library.Library("q3n", "FRAGMENT")
-_library.define("float8_product(Tensor x, Tensor w) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
-_library.impl("float8_product", _Product.apply, "CompositeImplicitAutograd")
+_float8_product = composite("float8_product(Tensor x, Tensor w) -> Tensor", _Product.apply)
 
 
 def _product(x_MK: Tensor, w_NK: Tensor) -> Tensor:
     product: Callable[[Tensor, Tensor], Tensor] = _Product.apply
-    return product(x_MK, w_NK) if transform_is_active() else torch.ops.q3n.float8_product(x_MK, w_NK)
+    return product(x_MK, w_NK) if transform_is_active() else _float8_product(x_MK, w_NK)
 
 
 def _scaled(x: Tensor, dtype: torch.dtype) -> _Scaled:

@@ -19,8 +19,16 @@ from q3n_functional.cache import KeyValues, LinearState, State, Tentative
 from q3n_functional.config import Config
 from q3n_functional.feed_forward import RouterStatistics, mixture_of_experts, swiglu
 from q3n_functional.float8 import Float8, projection
-from q3n_functional.ops import attention, causal_conv, gated_delta_rule, recurrent_gated_delta_rule, rms_norm_gated
+from q3n_functional.ops import (
+    attention,
+    causal_conv_qkv,
+    gated_delta_rule,
+    pre_norm,
+    recurrent_gated_delta_rule,
+    rms_norm_gated,
+)
 from q3n_functional.ops.registration import wide
+from q3n_functional.ops.rms_norm import rms_norm
 from q3n_functional.packing import Documents
 from q3n_functional.parallel.context import (
     Crossing,
@@ -142,13 +150,6 @@ def _packed_slots(documents: Documents, rows_BT: Tensor, positions_BT: Tensor) -
     return Slots(rows, positions.where(tokens >= 0, 0), tokens)
 
 
-def rms_norm(x_BTD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """`x / sqrt(mean(x^2) + eps) * (1 + weight)` over the last dim, in fp32; the weight is stored around zero."""
-    x = x_BTD.to(wide(x_BTD.dtype))
-    y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    return (y * (1.0 + weight_D.to(x.dtype))).to(x_BTD.dtype)
-
-
 def gated_delta_net(
     p: params.LinearAttention, x_BTD: Tensor, context: Context, state: LinearState | None, *, config: Config
 ) -> tuple[Tensor, LinearState | Tentative]:
@@ -190,8 +191,8 @@ def _delta_rule(
     inputs, carry = None if state is None else state.conv, _passed_on(context)
     if carry is not None:
         inputs = carried_inputs(qkv_BTC, *carry)
-    qkv_BTC, conv = causal_conv(qkv_BTC, torch.cat([p.conv_q, p.conv_k, p.conv_v]), inputs, cu_seqlens)
-    q, k, v = qkv_BTC.split([p.q.shape[0], p.k.shape[0], p.v.shape[0]], dim=-1)
+    weight_CW, channels = torch.cat([p.conv_q, p.conv_k, p.conv_v]), (len(p.q), len(p.k), len(p.v))
+    q, k, v, conv = causal_conv_qkv(qkv_BTC, weight_CW, channels, inputs, cu_seqlens)
     q_BTNK, k_BTNK = (_heads(x, c.linear_key_head_dim) for x in (q, k))
     beta, beta_scale = b_BTH, 1.0
     if c.linear_attention_clip_val < 1:
@@ -200,7 +201,7 @@ def _delta_rule(
     rule: Callable[..., tuple[Tensor, Tensor]] = recurrent_gated_delta_rule
     if context.tentative:
         rule = functools.partial(rule, every_state=True)
-    elif not (c.linear_attention_use_recurrent or qkv_BTC.shape[1] == 1):
+    elif not (c.linear_attention_use_recurrent or v.shape[1] == 1):
         rule = functools.partial(gated_delta_rule, chunk_size=c.linear_attention_chunk_size)
 
     def ruled(v_BTHV: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -283,10 +284,10 @@ def decoder_layer(
 ) -> tuple[Tensor, State, RouterStatistics | None]:
     """Mixer, then feed-forward, each on the normalised residual. The statistics are None for a dense layer."""
     parallel = context.parallel
-    normed = enter_block(rms_norm(x_BTD, p.input_layernorm, config.rms_norm_eps), parallel)
-    mixed_BTD, new_state = _mixer(p.mixer, normed, context, state, config)
-    x_BTD = x_BTD + leave_block(mixed_BTD, parallel)
-    normed = enter_block(rms_norm(x_BTD, p.post_attention_layernorm, config.rms_norm_eps), parallel)
+    x_BTD, normed = pre_norm(x_BTD, p.input_layernorm, config.rms_norm_eps)
+    mixed_BTD, new_state = _mixer(p.mixer, enter_block(normed, parallel), context, state, config)
+    x_BTD, normed = pre_norm(x_BTD + leave_block(mixed_BTD, parallel), p.post_attention_layernorm, config.rms_norm_eps)
+    normed = enter_block(normed, parallel)
     if isinstance(p.mlp, params.SwiGLU):
         return x_BTD + leave_block(swiglu(p.mlp, normed, context.float8), parallel), new_state, None
     y_BTD, statistics = mixture_of_experts(

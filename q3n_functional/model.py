@@ -18,7 +18,8 @@ from q3n_functional.cache import Cache, State, Tentative
 from q3n_functional.config import Config
 from q3n_functional.feed_forward import RouterStatistics
 from q3n_functional.float8 import Float8
-from q3n_functional.layers import Context, context, decoder_layer, on_ranks, rms_norm
+from q3n_functional.layers import Context, context, decoder_layer, on_ranks
+from q3n_functional.ops.rms_norm import rms_norm
 from q3n_functional.packing import IGNORE, Documents, same_document, shift
 from q3n_functional.parallel import ahead
 from q3n_functional.parallel.context import piece

@@ -68,6 +68,7 @@ def _head(h: Tensor, head: Tensor, targets: Tensor, z_loss_coef: float, gradient
 FLOPS: dict[str, Count] = {
     "causal_conv": _conv,
     "causal_conv_backward": lambda dy, dstate, x, weight, *rest: 2 * _conv(x, weight),
+    "causal_conv_qkv_backward": lambda dq, dk, dv, dstate, x, weight, *rest: 2 * _conv(x, weight),
     "gated_delta_rule": _delta_rule,
     "recurrent_gated_delta_rule": _delta_rule,
     "gated_delta_rule_backward": lambda do, dstate, q, k, v, *rest: 2 * _delta_rule(q, k, v),

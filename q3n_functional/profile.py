@@ -33,6 +33,7 @@ OPTIMIZER = "q3n_optimizer"
 OPERATORS = {
     "gated_delta_rule": "delta rule",
     "causal_conv": "conv",
+    "pre_norm": "norms",
     "rms_norm_gated": "norms",
     "router_logits": "router",
     "grouped_swiglu": "experts",

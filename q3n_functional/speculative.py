@@ -24,8 +24,9 @@ from q3n_functional import decode
 from q3n_functional.cache import Cache, KeyValues
 from q3n_functional.config import Config
 from q3n_functional.decode import Running, last
-from q3n_functional.layers import context, decoder_layer, rms_norm
+from q3n_functional.layers import context, decoder_layer
 from q3n_functional.model import accept, head, hidden_states, with_next
+from q3n_functional.ops.rms_norm import rms_norm
 from q3n_functional.packing import Documents
 from q3n_functional.params import MultiTokenPrediction, Parameters
 from q3n_functional.sampling import Drawn, noted, sample

@@ -72,7 +72,7 @@ def lines(text: str) -> list[str]:
     phases = [forward.counts, backward.counts, updating.counts]
     kinds = sorted(set().union(*phases), key=lambda kind: (KINDS.index(kind[0]), kind[1]))
     rows = [f"  {name:22} {axis:10}" + "".join(f"{phase[name, axis]:5}" for phase in phases) for name, axis in kinds]
-    return [text, *rows, *([f"  gathered {len(forward.gathered)}, kept {kept}"] if forward.gathered else [])]
+    return [text, *rows, *([f"  kept of what was gathered {kept}"] if forward.gathered else [])]
 
 
 if __name__ == "__main__":

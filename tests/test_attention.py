@@ -80,7 +80,7 @@ def derivatives(function, q, k, v, *where, **options):
 def assert_close(actual, expected, tolerance):
     for name, a, e in zip(("o", "dq", "dk", "dv"), actual, expected, strict=True):
         assert a.shape == e.shape, name
-        # The floor is the size of the summands: with one key, dq is nought in exact arithmetic, and what its sums round to.
+        # The floor is the size of the summands: with one key dq is nought, and here what its sums round to.
         assert (a.double() - e.double()).norm() <= tolerance * max(e.double().norm(), 1), name
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 
-from q3n_functional.ops import causal_conv
+from q3n_functional.ops import causal_conv, causal_conv_qkv
 
 BOUNDS = [0, 5, 5, 6, 8, 20, 20]  # one empty, two shorter than the taps, the last repeated, then padding
 LENGTH = 23
@@ -191,6 +191,40 @@ def test_token_by_token():
     assert_close([torch.cat(tokens, 1), state], [whole, final], 1e-15)
 
 
+CHANNELS = (2, 1, 2)
+
+
+def split(x, weight, state, cu_seqlens):
+    y, final = causal_conv(x, weight, state, cu_seqlens)
+    return *y.split(CHANNELS, -1), final
+
+
+def parts(x, weight, state, cu_seqlens):
+    return causal_conv_qkv(x, weight, CHANNELS, state, cu_seqlens)
+
+
+@pytest.mark.parametrize("state", [True, False], ids=["state", "no state"])
+def test_queries_keys_and_values(state):
+    """What a split of the convolution gives, compiled too, and also where some results are not used."""
+    x, weight, before = draw(1, LENGTH, sequences=len(BOUNDS) - 1)
+    inputs, where = [x, weight, before if state else None], offsets(BOUNDS)
+    expected = run(split, inputs, where)
+    assert_equal(run(parts, inputs, where), expected)
+    torch._dynamo.reset()
+    assert_equal(run(torch.compile(parts, fullgraph=True, backend="aot_eager"), inputs, where), expected)
+    for used in ((0, 3), (1, 2)):
+        some, same = (lambda *x, f=f, used=used: [f(*x)[i] for i in used] for f in (parts, split))
+        assert_equal(run(some, inputs, where), run(same, inputs, where))
+    mapped = torch.vmap(parts, (0, None, None, None))(x[None], weight, None, where)
+    assert_equal([y[0] for y in mapped], split(x, weight, None, where))
+
+
+def test_the_gradient_of_queries_keys_and_values_is_an_op():
+    x, weight, state = draw(2, 9, dtype=torch.bfloat16)
+    arguments = *(2 * x).split(CHANNELS, -1), state, x, weight, state, None, "auto"
+    torch.library.opcheck(torch.ops.q3n.causal_conv_qkv_backward.default, arguments)
+
+
 def test_errors():
     x, weight, state = draw(2, 9)
     wrong = [
@@ -220,3 +254,6 @@ initial_state must be (1, 5, 3) torch.float64, got (2, 5, 3) torch.float64
 cu_seqlens must be int32 [S+1], got torch.int64 (2,)
 cu_seqlens must be int32 [S+1], got torch.int32 (1, 2)""",
     )
+    with pytest.raises(ValueError, match="add up") as raised:
+        causal_conv_qkv(x, weight, (2, 2, 2))
+    assert_expected_inline(str(raised.value), """channels must be three numbers that add up to 5, got (2, 2, 2)""")

@@ -127,6 +127,18 @@ def assert_matches(actual, inputs, slack=1):
             assert error.max() <= slack * BOUNDS[value.dtype] * max(1, wanted.abs().max()), name
 
 
+@pytest.mark.parametrize("channels", [(32, 16, 48), (4, 4, 8), (0, 16, 5), (0, 0, 20)], ids=str)
+def test_gradients_of_three_parts(channels):
+    """Bit for bit what one tensor of them gives, wherever they lie."""
+    config = kernels().Config(channels=64, rows=8, warps=2, programs=5)
+    dy, dfinal, *rest = build(channels=sum(channels), length=7, documents=[0, 3, 9], dtype=torch.bfloat16)
+    dq, dk, dv = (torch.cat([x, x], -1)[..., : x.shape[2]] for x in dy.split(channels, -1))
+    actual = poisoned(kernels().backward_of_parts)(dq, dk, dv.mT.contiguous().mT, dfinal, *rest, config)
+    expected = kernels().backward(dy, dfinal, *rest, config)
+    for name, value, wanted in zip(NAMES[2:], actual, expected, strict=True):
+        assert torch.equal(value, wanted), name
+
+
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 def test_matches_the_reference(options):
     """With a configuration small enough that several spans and tiles and fast steps come up."""

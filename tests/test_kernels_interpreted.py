@@ -15,6 +15,7 @@ FILES = (
     "test_kernels_linear_cross_entropy.py",
     "test_kernels_linear_log_partition.py",
     "test_kernels_piece_attention.py",
+    "test_kernels_rms_norm.py",
     "test_kernels_rms_norm_gated.py",
     "test_kernels_top_experts.py",
 )

@@ -8,7 +8,8 @@ from torch.nn.functional import softplus
 
 from q3n_functional import params
 from q3n_functional.cache import LinearState
-from q3n_functional.layers import context, gated_attention, gated_delta_net, rms_norm
+from q3n_functional.layers import context, gated_attention, gated_delta_net
+from q3n_functional.ops.rms_norm import rms_norm
 from tests.configs import perturbed, slower, small
 
 LINEAR, FULL = "linear_attention", "full_attention"

@@ -275,6 +275,9 @@ q3n::linear_log_partition_backward(Tensor dpartition, Tensor dpicked, Tensor par
 q3n::piece_attention(Tensor q, Tensor k, Tensor v, Tensor rank, float scale, str impl) -> (Tensor, Tensor)
 q3n::piece_attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor rank,
     float scale, str impl) -> (Tensor, Tensor, Tensor)
+q3n::pre_norm(Tensor x, Tensor weight, float eps, str impl) -> (Tensor, Tensor)
+q3n::pre_norm_backward(Tensor dy, Tensor? dresidual, Tensor x, Tensor weight, float eps, str impl) -> (Tensor,
+    Tensor)
 q3n::recurrent_gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor?
     dt_bias, Tensor? initial_state, Tensor? cu_seqlens, float scale, bool qk_l2norm, float beta_scale, str
     impl) -> (Tensor, Tensor)

@@ -10,7 +10,7 @@ import torch.multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from q3n_functional.ops import causal_conv, gated_delta_rule, recurrent_gated_delta_rule, rms_norm_gated
+from q3n_functional.ops import causal_conv, gated_delta_rule, pre_norm, recurrent_gated_delta_rule, rms_norm_gated
 
 RANKS = 2
 GATES = {"qk_l2norm": True, "beta_scale": 1.0}
@@ -57,6 +57,9 @@ CASES = {
     "norm by heads": (
         lambda x, gate, w, cu: (rms_norm_gated(x, gate, w),),
         lambda: ([random(2, 3, 4, 5), random(2, 3, 4, 5), random(5)], None), [2, 2, None], [2],
+    ),
+    "norm before a block, by time": (
+        lambda x, w, cu: pre_norm(x, w), lambda: ([random(2, 4, 5), random(5)], None), [1, None], [1, 1],
     ),
     "norm of three dims, by time": (
         lambda x, gate, w, cu: (rms_norm_gated(x, gate, w),),

@@ -34,7 +34,7 @@ dp=2
   all_reduce             fsdp          0   17    0
   all_reduce             tokens        2    1    0
   all_reduce             world         2    0    1
-  gathered 54, kept 2
+  kept of what was gathered 2
 replicate=2
   all_reduce             replicate     0   65    0
   all_reduce             tokens        2    1    0
@@ -55,7 +55,7 @@ cp=2
   all_reduce             fsdp          0   17    0
   all_reduce             tokens        2    1    0
   all_reduce             world         2    0    1
-  gathered 54, kept 2
+  kept of what was gathered 2
 ep=2
   all_reduce             ep            0   56    0
   all_reduce             tokens        2    1    0
@@ -202,11 +202,11 @@ def behind(order, sign):
 def test_shards_come_and_gradients_go_while_blocks_compute():
     written, forward, also_written, backward = orders()
     assert behind(written, "G") == behind(also_written, "G") == behind(also_written, "S") == 0
-    # A block has 8 matrices and, with attention, 9 products; before the first comes the embedding, behind all the head.
+    # A block has 8 matrices and, with attention, 8 products; before the first comes the embedding, behind all the head.
     for order in (written, forward):
         assert len(indices(order, "G")) == 1 + 8 + 8 + 1
-        assert len(indices(order, "C")) == 9 + 9
-    first, last = indices(forward, "G")[1 + 8], indices(forward, "C")[8]
+        assert len(indices(order, "C")) == 8 + 8
+    first, last = indices(forward, "G")[1 + 8], indices(forward, "C")[7]
     assert first < last
     assert behind(forward, "G") >= 8 + 8
     # One at a time: the model is not gathered at the start.

@@ -19,6 +19,7 @@ agree bit by bit. Which products are added without rounding is written down and 
 enable_fp_fusion off), or a token's bits would depend on whether a step took it alone.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ from q3n_functional.ops.kernels.sigmoid import sigmoid
 from q3n_functional.ops.registration import UnsupportedError
 
 MAX_TAPS = 4
+MIN_CHANNELS = 16
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 NUM_SMS = 132  # of the card that the configurations below are meant for; results depend on it, so it is not asked
 
@@ -241,14 +243,26 @@ def _slow_step_back(
 
 @triton.jit(do_not_specialize=["num_docs", "num_tokens", "T", "span"])
 def _backward_kernel(
-    dy, dfinal, x, weight, initial, cu, dx, partials, dinitial, num_docs, num_tokens, T, span, x_row, dy_row,
-    C: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr,
-    DOCUMENTS: tl.constexpr, INITIAL: tl.constexpr, DY: tl.constexpr, DFINAL: tl.constexpr,
+    dy, dy_k, dy_v, dfinal, x, weight, initial, cu, dx, partials, dinitial, num_docs, num_tokens, T, span, x_row,
+    dy_row, dy_k_row, dy_v_row, C: tl.constexpr, W: tl.constexpr, BC: tl.constexpr, ROWS: tl.constexpr,
+    DOCUMENTS: tl.constexpr, INITIAL: tl.constexpr, DY: tl.constexpr, DFINAL: tl.constexpr, PARTS: tl.constexpr,
+    KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """dx of one span and tile of channels and its share of dweight, or one document's dinitial of such a tile."""
+    """dx of one span and tile of channels and its share of dweight, or one document's dinitial of such a tile.
+
+    dy is that of all channels, or with PARTS of those before KEYS, dy_k of those from there to VALUES, dy_v of the
+    others. A tile is of one of them.
+    """
     TILES: tl.constexpr = (C + BC - 1) // BC
     pid = tl.program_id(0)
     c = (pid % TILES) * BC + tl.arange(0, BC)
+    if PARTS:
+        if (pid % TILES) * BC >= VALUES:
+            dy = dy_v - VALUES
+            dy_row = dy_v_row
+        elif (pid % TILES) * BC >= KEYS:
+            dy = dy_k - KEYS
+            dy_row = dy_k_row
     item = (pid // TILES).to(tl.int64)
     num_spans = (num_tokens + span - 1) // span
     w = _weights(weight, c, C, W)
@@ -342,7 +356,7 @@ FORWARD_MAX_SPAN = 256
 
 def _shrunk(config: Config, channels: int) -> Config:
     """The same work a thread for fewer channels."""
-    wanted = max(16, triton.next_power_of_2(channels))
+    wanted = max(MIN_CHANNELS, triton.next_power_of_2(channels))
     if wanted >= config.channels:
         return config
     return config._replace(channels=wanted, warps=max(1, config.warps * wanted // config.channels))
@@ -396,6 +410,28 @@ def backward(
     cu_seqlens: Tensor | None, config: Config = BACKWARD,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of x, weight and initial_state (empty where that is None)."""
+    dys = () if dy_BTC is None else (dy_BTC,)
+    return _backward(dys, dfinal_state, x_BTC, weight_CW, initial_state, cu_seqlens, config)
+
+
+def backward_of_parts(
+    dq_BTC: Tensor, dk_BTC: Tensor, dv_BTC: Tensor, dfinal_state: Tensor | None, x_BTC: Tensor, weight_CW: Tensor,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, config: Config = BACKWARD,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`backward` of three parts of y."""
+    dys = dq_BTC, dk_BTC, dv_BTC
+    tile = math.gcd(_shrunk(config, x_BTC.shape[2]).channels, dq_BTC.shape[2], dk_BTC.shape[2])
+    if tile < MIN_CHANNELS:  # tiles of one part each would be too narrow
+        dys = (torch.cat(dys, -1),)
+    else:
+        config = _shrunk(config, tile)
+    return _backward(dys, dfinal_state, x_BTC, weight_CW, initial_state, cu_seqlens, config)
+
+
+def _backward(
+    dys: tuple[Tensor, ...], dfinal_state: Tensor | None, x_BTC: Tensor, weight_CW: Tensor,
+    initial_state: Tensor | None, cu_seqlens: Tensor | None, config: Config,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     _check(x_BTC, weight_CW)
     batch, length, channels = x_BTC.shape
     width, tokens = weight_CW.shape[1], batch * length
@@ -414,13 +450,16 @@ def backward(
     programs = tiles * (spans + (0 if initial_state is None else num_docs))
     if programs and channels:
         x = _rows(x_BTC)
-        dy = x if dy_BTC is None else _rows(dy_BTC)  # a stand-in: the branches that are never taken compile too
+        given = [_rows(dy) for dy in dys]
+        given += [x] * (3 - len(given))  # stand-ins: the branches that are never taken compile too
+        parts = len(dys) == 3
+        keys, values = (dys[0].shape[2], channels - dys[2].shape[2]) if parts else (0, 0)
         _backward_kernel[(programs,)](
-            dy, _contiguous(dfinal_state), x, weight_CW.contiguous(), _contiguous(initial_state),
+            *given, _contiguous(dfinal_state), x, weight_CW.contiguous(), _contiguous(initial_state),
             _contiguous(cu_seqlens), dx, partials, dinitial, num_docs, tokens, length, span, x.stride(0),
-            dy.stride(0), C=channels, W=width, BC=config.channels, ROWS=config.rows,
-            DOCUMENTS=cu_seqlens is not None, INITIAL=initial_state is not None, DY=dy_BTC is not None,
-            DFINAL=dfinal_state is not None, num_warps=config.warps, num_stages=1,
-            maxnreg=128 if x.element_size() == 2 else None, enable_fp_fusion=False,
+            *(dy.stride(0) for dy in given), C=channels, W=width, BC=config.channels, ROWS=config.rows,
+            DOCUMENTS=cu_seqlens is not None, INITIAL=initial_state is not None, DY=len(dys) > 0,
+            DFINAL=dfinal_state is not None, PARTS=parts, KEYS=keys, VALUES=values, num_warps=config.warps,
+            num_stages=1, maxnreg=128 if x.element_size() == 2 else None, enable_fp_fusion=False,
         )  # fmt: skip
     return dx, sum_partials(partials, weight_CW.dtype), dinitial
