@@ -2,6 +2,7 @@
 
 from q3n_functional.ops.attention import attention
 from q3n_functional.ops.causal_conv import causal_conv, causal_conv_qkv
+from q3n_functional.ops.embedding import embedding
 from q3n_functional.ops.gated_delta_rule import gated_delta_rule, recurrent_gated_delta_rule
 from q3n_functional.ops.grouped_swiglu import grouped_swiglu
 from q3n_functional.ops.linear_cross_entropy import linear_cross_entropy
@@ -16,6 +17,7 @@ __all__ = [
     "attention",
     "causal_conv",
     "causal_conv_qkv",
+    "embedding",
     "gated_delta_rule",
     "grouped_swiglu",
     "linear_cross_entropy",

@@ -151,6 +151,7 @@ def differentiable(
     setup_context: Callable[[Any, tuple[Any, ...], Any], None],
     backward: Callable[..., Sequence[Tensor | None]],
     rows: Sequence[str] = (),
+    registered: bool = True,
 ) -> Callable[..., Any]:
     """Attach a gradient and a vmap rule to `op` and return what public functions call.
 
@@ -158,9 +159,9 @@ def differentiable(
     `rows` names the arguments whose first dim is a batch of independent rows, as the outputs' first dim then is: vmap
     over these alone, without `cu_seqlens`, is one call with the dims folded; over anything else it is a loop.
 
-    The gradient is registered with the op, which recomputation policies and repeated arguments need;
-    torch.func cannot differentiate such ops (pytorch#168393), so under its transforms the same functions make an
-    `autograd.Function` instead.
+    The gradient is `registered` with the op, which compilers need; torch.func cannot differentiate such ops
+    (pytorch#168393), so under its transforms the same functions make an `autograd.Function` instead. So they do in
+    eager mode: torch's own looks the whole schema up for every argument, which takes as long as two kernels.
     """
 
     def sparse_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -187,29 +188,45 @@ def differentiable(
         def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
             return _vmap(transformable, dict(zip(names, args, strict=True)), rows, info.batch_size, in_dims)
 
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = op(*args)
+            sparse_context(ctx, args, output)
+            return output
+
+        backward = Transformable.backward
+
     # Under torch.func.grad Dynamo would trace `forward` alone and lose the gradient: it must not look inside.
     torch.compiler.allow_in_graph(Transformable)
     transformable: Callable[..., Any] = Transformable.apply
+    eager: Callable[..., Any] = Eager.apply
 
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         return _vmap(op, dict(zip(names, args, strict=True)), rows, info.batch_size, in_dims)
 
-    library.register_autograd(op._schema.name, backward, setup_context=sparse_context, lib=_library)
+    if registered:
+        library.register_autograd(op._schema.name, backward, setup_context=sparse_context, lib=_library)
     library.register_vmap(op._schema.name, vmap, lib=_library)
 
     def call(*args: Any) -> Any:
-        return transformable(*args) if transform_is_active() else op(*args)
+        if transform_is_active():
+            return transformable(*args)
+        return eager(*args) if torch.is_grad_enabled() and not torch.compiler.is_compiling() else op(*args)
 
     return call
 
 
 def gradient(op: OpOverload) -> Callable[..., Any]:
-    """`differentiable` for an op that is itself a gradient: a derivative of it is refused in so many words."""
+    """`differentiable` for an op that is itself a gradient: a derivative of it is refused in so many words.
+
+    Compilers do not differentiate it, and nothing registered is the shortest way to its kernel.
+    """
 
     def refuse(ctx: Any, *gradients: Tensor | None) -> Sequence[Tensor | None]:
         raise NotImplementedError(f"{op._schema.name}: second derivatives are not implemented")
 
-    return differentiable(op, lambda ctx, inputs, output: None, refuse)
+    return differentiable(op, lambda ctx, inputs, output: None, refuse, registered=False)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -14,8 +14,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 
+from q3n_functional.ops.embedding import embedding, embedding_gradient
 from q3n_functional.parallel.collectives import _apply, _gathered, _scattered
 from q3n_functional.parallel.placement import Parallel
 from q3n_functional.parallel.rules import Layout
@@ -35,8 +35,6 @@ def embed_rows(tokens_BT: Tensor, shard_VD: Tensor, parallel: Parallel) -> Tenso
     """The vectors [B, T, D] of this rank's tokens, from the rank's shard of the table; every rank has as many."""
     fsdp, num = parallel.fsdp, shard_VD.shape[0]
     rows_M = _from_all(tokens_BT.flatten(), fsdp.size, fsdp.group) - fsdp.rank * num
-    # Those of other ranks go to a row behind the last.
-    rows_M = rows_M.where((rows_M >= 0) & (rows_M < num), num)
     copies = [(axis.size, axis.group) for axis in (parallel.ep, parallel.replicate) if axis.size > 1]
     x_MD = _apply(_Rows, rows_M, shard_VD, fsdp.size, fsdp.group, copies)
     return x_MD.view(*tokens_BT.shape, -1)
@@ -49,8 +47,7 @@ class _Rows(torch.autograd.Function):
     def forward(
         ctx: Any, rows_M: Tensor, shard_VD: Tensor, size: int, group: str, copies: list[tuple[int, str]]
     ) -> Tensor:
-        mine_M = rows_M < shard_VD.shape[0]
-        x_MD = embedding(rows_M.where(mine_M, 0), shard_VD).masked_fill(~mine_M[:, None], 0)
+        x_MD = embedding(rows_M, shard_VD, (rows_M >= 0) & (rows_M < shard_VD.shape[0]))
         ctx.save_for_backward(rows_M)
         ctx.where, ctx.num = (size, group, copies), shard_VD.shape[0]
         return _scattered(x_MD, size, group, 0) if size > 1 else x_MD
@@ -61,9 +58,7 @@ class _Rows(torch.autograd.Function):
         dx_MD = _from_all(dx_MD, size, group)
         for others in copies:
             rows_M, dx_MD = _from_all(rows_M, *others), _from_all(dx_MD, *others)
-        # No gradient goes to the row behind the last.
-        dtable_VD = torch.ops.aten.embedding_dense_backward(dx_MD, rows_M, ctx.num + 1, ctx.num, False)
-        return None, dtable_VD[: ctx.num], None, None, None
+        return None, embedding_gradient(dx_MD, rows_M, ctx.num), None, None, None
 
 
 def _from_all(x_M: Tensor, size: int, group: str) -> Tensor:

@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 import torch.utils._pytree as pytree
 from torch import Tensor
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import linear
 
 from q3n_functional.config import Config
-from q3n_functional.ops import linear_cross_entropy, linear_log_partition
+from q3n_functional.ops import embedding, linear_cross_entropy, linear_log_partition
 from q3n_functional.ops.linear_cross_entropy import Sums
 from q3n_functional.ops.linear_log_partition import OTHER
 from q3n_functional.ops.registration import wide
@@ -139,8 +139,7 @@ def embed(tokens_BT: Tensor, table_VD: Tensor, parallel: Parallel | None) -> Ten
     if parallel is None or parallel.tp.size == 1:
         return embedding(tokens_BT, table_VD)
     rows_BT, mine_BT = _own(tokens_BT, table_VD, parallel)
-    x_BTD = embedding(rows_BT, table_VD).masked_fill(~mine_BT[..., None], 0)
-    return leave_block(x_BTD, parallel)
+    return leave_block(embedding(rows_BT, table_VD, mine_BT), parallel)
 
 
 def _own(tokens_BT: Tensor, table_VD: Tensor, parallel: Parallel) -> tuple[Tensor, Tensor]:

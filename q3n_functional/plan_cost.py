@@ -190,7 +190,7 @@ def stored(op: OpOverload, args: tuple[Any, ...], output: int, num_bytes: int) -
     return num_bytes
 
 
-FALLBACKS = {"topk", "sort", "cumsum", "embedding_dense_backward", "nonzero"}
+FALLBACKS = {"topk", "sort", "cumsum", "nonzero"}
 """Operators of torch for which Inductor calls a kernel of torch's."""
 
 

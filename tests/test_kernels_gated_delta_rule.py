@@ -169,9 +169,11 @@ def nan_memory(monkeypatch):
         return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(2**30)
 
     monkeypatch.setattr(torch, "empty", poisoned)
-    monkeypatch.setattr(
-        torch, "empty_like", lambda x, dtype=None: poisoned(x.shape, dtype=dtype or x.dtype, device=x.device)
-    )
+
+    def poisoned_like(x, dtype=None, memory_format=None):
+        return poisoned(x.shape, dtype=dtype or x.dtype, device=x.device)
+
+    monkeypatch.setattr(torch, "empty_like", poisoned_like)
 
 
 class TestKernels:

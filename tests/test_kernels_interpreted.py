@@ -10,6 +10,7 @@ import torch
 
 FILES = (
     "test_kernels_causal_conv.py",
+    "test_kernels_embedding.py",
     "test_kernels_expert_order.py",
     "test_kernels_grouped_swiglu.py",
     "test_kernels_linear_cross_entropy.py",

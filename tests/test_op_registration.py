@@ -253,6 +253,12 @@ q3n::causal_conv(Tensor x, Tensor weight, Tensor? initial_state, Tensor? cu_seql
     Tensor)
 q3n::causal_conv_backward(Tensor? dy, Tensor? dfinal_state, Tensor x, Tensor weight, Tensor? initial_state,
     Tensor? cu_seqlens, str impl) -> (Tensor, Tensor, Tensor)
+q3n::causal_conv_qkv(Tensor x, Tensor weight, Tensor? initial_state, Tensor? cu_seqlens, int[] channels, str
+    impl) -> (Tensor, Tensor, Tensor, Tensor)
+q3n::causal_conv_qkv_backward(Tensor dq, Tensor dk, Tensor dv, Tensor? dfinal_state, Tensor x, Tensor weight,
+    Tensor? initial_state, Tensor? cu_seqlens, str impl) -> (Tensor, Tensor, Tensor)
+q3n::embedding(Tensor tokens, Tensor table, Tensor? kept, str impl) -> Tensor
+q3n::embedding_backward(Tensor dx, Tensor rows, int num, str impl) -> Tensor
 q3n::float8_product(Tensor x, Tensor w) -> Tensor
 q3n::gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias,
     Tensor? initial_state, Tensor? cu_seqlens, float scale, bool qk_l2norm, float beta_scale, int chunk_size,

@@ -1,10 +1,12 @@
-"""The short convolution and the gated norm: our kernels, the PyTorch reference, and a copy of the same bytes.
+"""The short convolution and the norms: our kernels, the PyTorch reference, and a copy of the same bytes.
 
     python examples/benchmarks/short_ops.py            # table, and examples/benchmarks/results/short_ops.json
     python examples/benchmarks/short_ops.py --sweep    # launch configurations of the kernels, table only
 
 Times are medians by CUDA events, of forward and of forward and backward together; errors are the largest one relative
-to the largest entry of the float64 reference, on the first 1024 tokens. A case that fails leaves its error's text.
+to the largest entry of the float64 reference, on the first 1024 tokens. A case that fails leaves its error's text. The
+norm in front of a block has a kernel for backward alone; its forward is compiled, and its reference is its formula,
+differentiated and compiled by torch.
 """
 
 import argparse
@@ -23,7 +25,9 @@ import triton
 
 from q3n_functional.ops.causal_conv import _backward as conv_backward_reference
 from q3n_functional.ops.causal_conv import _forward as conv_forward_reference
-from q3n_functional.ops.kernels import causal_conv, rms_norm_gated
+from q3n_functional.ops.kernels import causal_conv, rms_norm, rms_norm_gated
+from q3n_functional.ops.rms_norm import _backward as pre_norm_backward_reference
+from q3n_functional.ops.rms_norm import rms_norm as norm_in_front
 from q3n_functional.ops.rms_norm_gated import _backward as norm_backward_reference
 from q3n_functional.ops.rms_norm_gated import _forward as norm_forward_reference
 
@@ -102,6 +106,32 @@ def norm_case(tokens: int) -> Case:
         ),
         x.nbytes,
         (3, 5),
+        check,
+    )
+
+
+def pre_norm_case(tokens: int) -> Case:
+    dy, dresidual, x = (torch.randn(tokens, 2048, device="cuda", dtype=DTYPE) for _ in range(3))
+    weight = torch.randn(2048, device="cuda", dtype=DTYPE)
+    leaves = [t.detach().requires_grad_() for t in (x, weight)]
+    forward = torch.compile(lambda x, weight: (x + 0, norm_in_front(x, weight, EPS)))
+    outputs = forward(*leaves)
+
+    def check() -> dict[str, float]:
+        small = [t[:1024] for t in (dy, dresidual, x)]
+        actual = rms_norm.backward(*small, weight, EPS)
+        expected = pre_norm_backward_reference(*(t.double() for t in (*small, weight)), EPS)
+        return errors(("dx", "dweight"), actual, expected)
+
+    return Case(
+        f"norm in front of a block {tokens}",
+        (lambda: forward(x, weight), lambda: rms_norm.backward(dy, dresidual, x, weight, EPS)),
+        (
+            lambda: forward(x, weight),
+            lambda: torch.autograd.grad(outputs, leaves, (dresidual, dy), retain_graph=True),
+        ),
+        x.nbytes,
+        (3, 4),
         check,
     )
 
@@ -185,6 +215,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "conv packed 32 in 32768": lambda: conv_case(1, 32768, 32),
     "conv packed 1024 in 32768": lambda: conv_case(1, 32768, 1024),
     "norm 32768": lambda: norm_case(32768),
+    "norm in front of a block 8192": lambda: pre_norm_case(8192),
 }
 
 
@@ -213,6 +244,7 @@ def table(rows: list[Row]) -> str:
 CONV_FORWARDS = [(512, 8, 4), (256, 8, 2), (1024, 8, 8), (512, 4, 4), (512, 16, 4), (512, 8, 2), (512, 4, 2)]
 CONV_BACKWARDS = [(512, 8, 4), (256, 8, 2), (1024, 8, 8), (512, 4, 4), (256, 8, 4), (512, 8, 8), (512, 4, 2)]
 NORM_FORWARDS = [(1024, 4), (2048, 4), (4096, 4), (4096, 8), (8192, 8), (1024, 1), (2048, 2)]
+PRE_NORM_BACKWARDS = [256, 512, 1024, 2048]
 NORM_BACKWARDS = [(1024, 4), (2048, 4), (4096, 8), (1024, 2), (512, 1), (4096, 4)]
 
 
@@ -234,6 +266,11 @@ def sweep() -> None:
     for entries_warps, programs in itertools.product(NORM_BACKWARDS, (4, 5, 8, 16)):
         norm = rms_norm_gated.Config(*entries_warps, sms * programs)
         attempt("norm backward", norm, functools.partial(rms_norm_gated.backward, dy, x, gate, weight, EPS, norm))
+    dy, dresidual, x = (torch.randn(8192, 2048, device="cuda", dtype=DTYPE) for _ in range(3))
+    weight = torch.randn(2048, device="cuda", dtype=DTYPE)
+    for entries, programs in itertools.product(PRE_NORM_BACKWARDS, (4, 6, 8, 12, 16, 62)):
+        front = rms_norm.Config(entries, sms * programs)
+        attempt("pre-norm", front, functools.partial(rms_norm.backward, dy, dresidual, x, weight, EPS, front))
 
 
 def attempt(name: str, config: Any, run: Callable[[], Any]) -> None:

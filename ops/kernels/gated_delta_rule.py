@@ -30,8 +30,9 @@ whole chunks those of gated_delta_rule_hopper_gradient.py. Few heads and long se
 """
 
 import functools
+import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -756,6 +757,7 @@ def _gate_gradient_kernel(
         tl.store(d_gate + (HV + hv).to(tl.int64) * num_chunks + chunk, tl.sum(d_g, 0))
 
 
+_tables, _gradients = Launcher(_table_kernel), Launcher(_gradient_kernel)
 _gate_gradients = Launcher(_gate_gradient_kernel)
 
 
@@ -828,9 +830,10 @@ def _problem(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, cu: Tenso
         cu = cu.contiguous()
         table = torch.empty(chunks, 2, dtype=torch.int32, device=q.device)
         first_chunk, order = (torch.empty(cu.shape[0], dtype=torch.int32, device=q.device) for _ in range(2))
-        _table_kernel[(cu.shape[0],)](
-            cu, table, first_chunk, order, cu.shape[0] - 1, total, chunks, C=chunk_size, BLOCK=256
-        )
+        _tables(
+            cu.shape[0], (where(cu), kind(cu)), (cu, table, first_chunk, order, cu.shape[0] - 1, total, chunks),
+            (chunk_size, 256),
+        )  # fmt: skip
     # Dots narrower than 64 are the ones that Triton has miscompiled on Hopper: small heads are padded.
     constants = {
         "HK": key_heads, "HV": value_heads, "K": K, "V": V, "C": chunk_size, "DOCUMENTS": cu is not None,
@@ -1150,7 +1153,8 @@ def backward(
     P = None if fast else torch.empty_like(Y)
     if P is not None:
         _launch_chunks(p, A_log, dt_bias, gates, Y, P, None, scale, qk_l2norm, beta_scale, False)
-    dq, dk, dv, dg, dbeta = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, g, beta))
+    contiguous = torch.contiguous_format
+    dq, dk, dv, dg, dbeta = (torch.empty_like(x, memory_format=contiguous) for x in (q, k, v, g, beta))
     d_gate = torch.empty(2, v.shape[2], p.num_chunks if A_log is not None else 0, dtype=torch.float32, device=q.device)
     whole = Part(p, grad, gates, Y, initial, d_final, d_initial, dq, dk, dv, dg, dbeta, d_gate, None)
     if fast and p.cu is not None:
@@ -1190,28 +1194,6 @@ class Part(NamedTuple):
     lead_in: Callable[[], None] | None  # of `_gradient_scans`
 
 
-def _part(
-    whole: Part, first: int, end: int, first_chunk: int, end_chunk: int, initial: Tensor | None,
-    d_final: Tensor | None, d_initial: Tensor,
-) -> Part:  # fmt: skip
-    """The sequences from `first` to `end`, or of one sequence the chunks from `first_chunk` to `end_chunk`."""
-    p = whole.problem
-    C = int(p.constants["C"])
-    length = p.length if p.num_sequences > 1 else min(end_chunk * C, p.length) - first_chunk * C
-    start = first * p.length if p.num_sequences > 1 else first_chunk * C
-    tokens, chunks = slice(start, start + (end - first) * length), slice(first_chunk, end_chunk)
-    rows = (slice(first, end),) if p.num_sequences > 1 else (slice(None), tokens)
-    q, k, v, g, beta, grad = (x[tokens] for x in (p.q, p.k, p.v, p.g, p.beta, whole.grad))
-    dq, dk, dv, dg, dbeta = (x[rows] for x in (whole.dq, whole.dk, whole.dv, whole.dg, whole.dbeta))
-    problem = p._replace(
-        q=q, k=k, v=v, g=g, beta=beta, num_sequences=end - first, length=length, num_chunks=end_chunk - first_chunk
-    )
-    return Part(
-        problem, grad, whole.gates[chunks], whole.Y[chunks], initial, d_final, d_initial, dq, dk, dv, dg, dbeta,
-        whole.d_gate[..., chunks], None,
-    )  # fmt: skip
-
-
 def _has_large_states(p: Problem) -> bool:
     """Whether the states of all chunks and their gradients take more than `STATES_BYTES`, and can be parted."""
     c = p.constants
@@ -1228,21 +1210,40 @@ def _parts(whole: Part, scale: float) -> tuple[Part, ...]:
             whole._replace(problem=half, d_gate=whole.d_gate[..., half.origin : half.origin + half.num_chunks])
             for half in reversed(halves(p, whole.gates))
         )
+    first = chunks // 2 if sequences == 1 else chunks // sequences * (sequences // 2)
     if sequences > 1:
-        half, each = sequences // 2, chunks // sequences
-        return tuple(
-            _part(whole, a, b, a * each, b * each, None if initial is None else initial[a:b],
-                  None if d_final is None else d_final[a:b], d_initial[a:b])
-            for a, b in ((half, sequences), (0, half))
-        )  # fmt: skip
-    middle, d_middle = (
-        torch.empty(1, c["HV"], c["K"], c["V"], dtype=torch.float32, device=p.q.device) for _ in range(2)
-    )
-    before = _part(whole, 0, 1, 0, chunks // 2, initial, d_middle, d_initial)
-    behind = _part(whole, 0, 1, chunks // 2, chunks, middle, d_final, d_middle)
-    last = last_walk(before.problem, chunks // 2, whole.gates)
+        rows, lengths = (sequences // 2, sequences - sequences // 2), (p.length, p.length)
+        states = [_split(x, rows) for x in (initial, d_final, d_initial)]
+    else:
+        rows, lengths = (1, 1), (first * c["C"], p.length - first * c["C"])
+        middle, d_middle = (
+            torch.empty(1, c["HV"], c["K"], c["V"], dtype=torch.float32, device=p.q.device) for _ in range(2)
+        )
+        states = [(initial, middle), (d_middle, d_final), (d_initial, d_middle)]
+    tokens = rows[0] * lengths[0], rows[1] * lengths[1]
+    inputs = zip(*(_split(x, tokens) for x in (p.q, p.k, p.v, p.g, p.beta)), strict=True)
+    dim, sizes = (0, rows) if sequences > 1 else (1, tokens)
+    outputs = [_split(x, sizes, dim) for x in (whole.dq, whole.dk, whole.dv, whole.dg, whole.dbeta)]
+    sizes = first, chunks - first
+    kept = [_split(whole.gates, sizes), _split(whole.Y, sizes)]
+    problems = [
+        p._replace(q=q, k=k, v=v, g=g, beta=beta, num_sequences=num, length=length, num_chunks=size)
+        for (q, k, v, g, beta), num, length, size in zip(inputs, rows, lengths, sizes, strict=True)
+    ]
+    before, behind = itertools.starmap(Part, zip(
+        problems, _split(whole.grad, tokens), *kept, *states, *outputs, _split(whole.d_gate, sizes, -1), (None, None),
+        strict=True,
+    ))  # fmt: skip
+    if sequences > 1:
+        return behind, before
+    last = last_walk(before.problem, first, whole.gates)
     walk = functools.partial(hopper.launch_scan, last, before.gates, before.Y, scale, initial, middle, whole.dv, None)
     return behind._replace(lead_in=walk), before
+
+
+def _split(x: Tensor | None, sizes: tuple[int, int], dim: int = 0) -> tuple[Any, ...]:
+    """Both parts of x, or twice x where it is absent or empty. This is faster than two slices."""
+    return (x, x) if x is None or x.numel() == 0 else x.split_with_sizes(sizes, dim)
 
 
 def _backward_of_part(
@@ -1268,12 +1269,14 @@ def _backward_of_part(
     partial_chunks = p.cu is not None or p.length % c["C"] > 0
     programs = (p.num_sequences if fast else p.num_chunks) * c["HK"]
     for side, config in enumerate(configs if partial_chunks or not fast else ()):
-        _gradient_kernel[(programs,)](
-            p.q, p.k, grad, U, dv, h, dh, gates, p.table, p.cu, p.first_chunk, dq, dk, dv, sums, p.length, p.origin,
-            scale,
-            *p.q.stride()[:2], *p.k.stride()[:2], *grad.stride()[:2], **c, BV=config.BV, NORMALISE=qk_l2norm,
-            DOT=_dot_precision(dv.dtype), SIDE=side, SLICES=max(slices), STAGES=config.stages, WHOLE=not fast,
-            SCALED=scaled, num_warps=config.warps,
+        tensors = p.q, p.k, grad, U, dv, h, dh, gates, p.table, p.cu, p.first_chunk, dq, dk, dv, sums
+        strides = *p.q.stride()[:2], *p.k.stride()[:2], *grad.stride()[:2]
+        _gradients(
+            programs, (where(dv), *map(kind, tensors), strides),
+            (*tensors, p.length, p.origin, scale, *strides),
+            (*(c[name] for name in ("HK", "HV", "K", "V", "BK")), config.BV, c["C"], p.cu is not None, qk_l2norm,
+             _dot_precision(dv.dtype), side, max(slices), config.stages, not fast, scaled),
+            num_warps=config.warps,
         )  # fmt: skip
     strides = *p.g.stride(), *p.beta.stride()
     given = p.g, p.beta, A_log, dt_bias, p.table

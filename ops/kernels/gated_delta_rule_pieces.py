@@ -54,47 +54,6 @@ def _within(x, low, high):
     return tl.minimum(tl.maximum(x, low), high)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "T", "num_pieces", "size", "more"])
-def _pieces_kernel(
-    cu, first_chunk, piece_cu, piece_chunk, first_piece, num_sequences, T, num_pieces, size, more,
-    C: tl.constexpr, DOCUMENTS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """First token and first chunk of each piece, and the first piece of each sequence; program n is sequence n.
-
-    Pieces follow each other in the stream, so one ends where the next begins; an empty sequence is one piece. All but a
-    sequence's last have `size` tokens, its first `more` besides. The last program fills what is left with empty pieces
-    at the end.
-    """
-    n = tl.program_id(0)
-    i = tl.arange(0, BLOCK)
-    piece = 0
-    for m in range(0, n, BLOCK):
-        if DOCUMENTS:
-            length = tl.load(cu + m + i + 1, mask=m + i < n, other=0) - tl.load(cu + m + i, mask=m + i < n, other=0)
-        else:
-            length = tl.where(m + i < n, T, 0)
-        piece += tl.sum(tl.where(m + i < n, tl.maximum((length - more + size - 1) // size, 1), 0), 0)
-    tl.store(first_piece + n, piece)
-    chunk = 0
-    if DOCUMENTS:
-        start = tl.load(cu + n)
-        end = tl.load(cu + tl.minimum(n + 1, num_sequences))
-        if n < num_sequences:
-            chunk = tl.load(first_chunk + n)
-    else:
-        start = n * T
-        end = tl.minimum(n + 1, num_sequences) * T
-        chunk = n * ((T + C - 1) // C)
-    count = tl.maximum((end - start - more + size - 1) // size, 1)
-    if n == num_sequences:
-        count = num_pieces + 1 - piece
-    for m in range(0, count, BLOCK):
-        at = piece + m + i
-        tokens = tl.where(m + i > 0, (m + i) * size + more, 0)
-        tl.store(piece_cu + at, tl.minimum(start + tokens, end), mask=m + i < count)
-        tl.store(piece_chunk + at, chunk + tokens // C, mask=m + i < count)
-
-
 @triton.jit
 def _chunks_to_floor(decays, step, limit, FLOOR: tl.constexpr, BLOCK: tl.constexpr):
     """How many decays (log2), from `decays` on and `step` apart, add up to less than FLOOR: `limit` if none do."""
@@ -110,42 +69,68 @@ def _chunks_to_floor(decays, step, limit, FLOOR: tl.constexpr, BLOCK: tl.constex
     return count, total < FLOOR
 
 
-@triton.jit(do_not_specialize=["num_sequences", "begin"])
-def _walks_kernel(
-    gates, piece_cu, piece_chunk, first_piece, walks, num_sequences, begin,
-    HV: tl.constexpr, C: tl.constexpr, FLOOR: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit(do_not_specialize=["num_sequences", "T", "size", "more", "begin"])
+def _pieces_kernel(
+    gates, cu, first_chunk, piece_cu, piece_chunk, first_piece, walks, num_sequences, T, size, more, begin,
+    HV: tl.constexpr, C: tl.constexpr, DOCUMENTS: tl.constexpr, FLOOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of each piece from `begin` on and head, forward and in reverse: the tokens that its walk takes before its own,
-    the sequence whose given state it begins with, and that whose last state it leaves (-1: none)."""
+    """First token and first chunk of each piece from `begin` on; and the first piece of each sequence, or the walks.
+
+    Pieces follow each other in the stream, so one ends where the next begins; an empty sequence is one piece. All but a
+    sequence's last have `size` tokens, its first `more` besides. Pieces that are left over are empty, at the end.
+
+    A walk, of each piece and head, forward and in reverse: the tokens that it takes before its own, the sequence whose
+    given state it begins with, and that whose last state it leaves (-1: none).
+    """
     pid = tl.program_id(0)
     piece = begin + pid // HV
     i = tl.arange(0, BLOCK)
     n = 0
+    first = 0
+    total = 0
     for m in range(0, num_sequences, BLOCK):
-        ends = tl.load(first_piece + m + i + 1, mask=m + i < num_sequences, other=2147483647)
-        n += tl.sum((ends <= piece).to(tl.int32), 0)
-    walks += pid * 6
-    if n < num_sequences:
-        first, end = tl.load(first_piece + n), tl.load(first_piece + n + 1)
-        start = tl.load(piece_cu + first)
-        chunk = tl.load(piece_chunk + piece)
-        before = chunk - tl.load(piece_chunk + first)
-        length = tl.load(piece_cu + end) - start
-        own_length = tl.load(piece_cu + piece + 1) - start
-        own_end = (own_length + C - 1) // C
+        inside = m + i < num_sequences
+        if DOCUMENTS:
+            length = tl.load(cu + m + i + 1, mask=inside, other=0) - tl.load(cu + m + i, mask=inside, other=0)
+        else:
+            length = tl.where(inside, T, 0)
+        ends = total + tl.cumsum(tl.where(inside, tl.maximum((length - more + size - 1) // size, 1), 0), 0)
+        passed = inside & (ends <= piece)
+        n += tl.sum(passed.to(tl.int32), 0)
+        first = tl.maximum(first, tl.max(tl.where(passed, ends, 0), 0))
+        total = tl.max(ends, 0)
+    if DOCUMENTS:
+        start = tl.load(cu + n)
+        length = tl.load(cu + tl.minimum(n + 1, num_sequences)) - start
+        chunk = tl.load(first_chunk + n, mask=n < num_sequences, other=0)
+    else:
+        start = n * T
+        length = tl.where(n < num_sequences, T, 0)
+        chunk = n * ((T + C - 1) // C)
+    index = piece - first
+    before = tl.where((index > 0) & (n < num_sequences), (index * size + more) // C, 0)
+    own_length = tl.minimum((index + 1) * size + more, length)
+    chunk += before
+    if pid % HV == 0:
+        tl.store(piece_cu + piece - begin, start + before * C)
+        tl.store(piece_cu + piece - begin + 1, start + own_length)
+        tl.store(piece_chunk + piece - begin, chunk)
+    if walks is None:
+        tl.store(first_piece + n, piece, mask=(index == 0) & (n < num_sequences))
+        tl.store(first_piece + n + 1, piece + 1, mask=(own_length == length) & (n < num_sequences))
+    elif n < num_sequences:
         decays = gates + (chunk.to(tl.int64) * HV + pid % HV) * (7 * C) + C - 1
         lead, cut_off = _chunks_to_floor(decays - HV * 7 * C, -HV * 7 * C, before, FLOOR, BLOCK)
-        tl.store(walks, lead * C)
-        tl.store(walks + 1, tl.where(cut_off, -1, n))
-        tl.store(walks + 2, tl.where(piece == end - 1, n, -1))
+        _store_walk(walks + pid * 6, lead * C, tl.where(cut_off, -1, n), tl.where(own_length == length, n, -1))
+        own_end = (own_length + C - 1) // C
         behind = (own_end - before).to(tl.int64) * (HV * 7 * C)
         lead, cut_off = _chunks_to_floor(decays + behind, HV * 7 * C, (length + C - 1) // C - own_end, FLOOR, BLOCK)
         # Not what would fill the last chunk: those rows are the next sequence's.
-        tl.store(walks + 3, tl.minimum(lead * C, length - own_length))
-        tl.store(walks + 4, tl.where(cut_off, -1, n))
-        tl.store(walks + 5, tl.where(piece == first, n, -1))
+        tokens = tl.minimum(lead * C, length - own_length)
+        _store_walk(walks + pid * 6 + 3, tokens, tl.where(cut_off, -1, n), tl.where(index == 0, n, -1))
     else:
-        tl.store(walks + tl.arange(0, 8), tl.where(tl.arange(0, 8) % 3 > 0, -1, 0), mask=tl.arange(0, 8) < 6)
+        _store_walk(walks + pid * 6, 0, -1, -1)
+        _store_walk(walks + pid * 6 + 3, 0, -1, -1)
 
 
 @triton.jit
@@ -160,7 +145,7 @@ def _halves_kernel(
     gates, cu, first_chunk, table, half_cu, half_chunk, order, walks, num_sequences, num_tokens, middle,
     HV: tl.constexpr, C: tl.constexpr, FLOOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What each half of the chunks has of a document, and its head's walks there, as `_walks_kernel` writes them.
+    """What each half of the chunks has of a document, and its head's walks there, as `_pieces_kernel` writes them.
 
     The second half's `half_cu`, `half_chunk`, `order` and `walks` lie behind the first's. A document that a half has
     nothing of is empty there, and its states are given and left in the other one.
@@ -224,49 +209,52 @@ def _fold_kernel(
     tl.store(last + sequence + tile, S, mask=inside)
 
 
-_pieces, _walks, _halves = Launcher(_pieces_kernel), Launcher(_walks_kernel), Launcher(_halves_kernel)
+_pieces, _halves = Launcher(_pieces_kernel), Launcher(_halves_kernel)
 
 
-def cut(p: Problem, pieces: int, more: int = 0) -> tuple[Problem, Tensor]:
+def cut(p: Problem, pieces: int) -> tuple[Problem, Tensor]:
     """The problem whose sequences are pieces of about 1/`pieces` of an average one, and each sequence's first piece.
 
-    A sequence's first piece has `more` chunks besides. Chunks and tokens stay where they are: what was stored for the
-    chunks of `p` serves for the pieces.
+    Chunks and tokens stay where they are: what was stored for the chunks of `p` serves for the pieces.
     """
-    C = int(p.constants["C"])
-    total, sequences = p.q.shape[0], max(p.num_sequences, 1)
-    size = -(-(total - sequences * more * C) // (sequences * pieces * C)) * C
-    num = p.num_sequences + total // size
-    device = p.q.device
-    piece_cu, piece_chunk = (torch.empty(num + 1, dtype=torch.int32, device=device) for _ in range(2))
-    first_piece = torch.empty(p.num_sequences + 1, dtype=torch.int32, device=device)
-    _pieces(
-        p.num_sequences + 1, (where(piece_cu), kind(p.cu), kind(p.first_chunk)),
-        (p.cu, p.first_chunk, piece_cu, piece_chunk, first_piece, p.num_sequences, p.length, num, size, more * C),
-        (C, p.cu is not None, 256),
-    )  # fmt: skip
-    cut_ = p._replace(
-        num_sequences=num, length=total, cu=piece_cu, first_chunk=piece_chunk, order=None,
-        constants={**p.constants, "DOCUMENTS": True},
-    )  # fmt: skip
-    return cut_, first_piece
+    first_piece = torch.empty(p.num_sequences + 1, dtype=torch.int32, device=p.q.device)
+    return _cut(p, pieces, None, first_piece), first_piece
 
 
 def walks(p: Problem, pieces: int, gates: Tensor, more: int = 0) -> Problem:
-    """As `cut`, with the walks of pieces and heads; for unit keys and beta to 2 alone."""
-    cut_, first_piece = cut(p, pieces, more)
-    return cut_._replace(walks=_table(p, cut_, first_piece, gates, 0, cut_.num_sequences))
+    """As `cut`, with the walks of pieces and heads; for unit keys and beta to 2 alone.
+
+    A sequence's first piece has `more` chunks besides.
+    """
+    return _cut(p, pieces, gates, None, more)
 
 
 def last_walk(p: Problem, pieces: int, gates: Tensor) -> Problem:
     """The last piece of one sequence that is cut into pieces of one size, with its walk; as `walks`."""
-    cut_, first_piece = cut(p, pieces)
-    assert cut_.cu is not None
-    at = cut_.num_sequences - 2  # one more, an empty one, is at the end
-    table = _table(p, cut_, first_piece, gates, at, 1)
-    return cut_._replace(
-        num_sequences=1, cu=cut_.cu[at : at + 2], first_chunk=cut_.first_chunk[at : at + 1], walks=table
-    )
+    return _cut(p, pieces, gates, None, last=True)
+
+
+def _cut(
+    p: Problem, pieces: int, gates: Tensor | None, first_piece: Tensor | None, more: int = 0, last: bool = False
+) -> Problem:
+    C, heads = int(p.constants["C"]), 1 if gates is None else int(p.constants["HV"])
+    total, sequences = p.q.shape[0], max(p.num_sequences, 1)
+    size = -(-(total - sequences * more * C) // (sequences * pieces * C)) * C
+    begin, num = 0, p.num_sequences + total // size
+    if last:
+        begin, num = num - 2, 1  # one more, an empty one, would be at the end
+    piece_cu, piece_chunk = (torch.empty(x, dtype=torch.int32, device=p.q.device) for x in (num + 1, num))
+    table = None if gates is None else torch.empty(num, heads, 6, dtype=torch.int32, device=p.q.device)
+    _pieces(
+        num * heads, (where(piece_cu), kind(p.cu), kind(p.first_chunk), gates is None),
+        (gates, p.cu, p.first_chunk, piece_cu, piece_chunk, first_piece, table, p.num_sequences, p.length, size,
+         more * C, begin),
+        (heads, C, p.cu is not None, FLOOR, 128), num_warps=1,
+    )  # fmt: skip
+    return p._replace(
+        num_sequences=num, length=total, cu=piece_cu, first_chunk=piece_chunk, order=None, walks=table,
+        constants={**p.constants, "DOCUMENTS": True},
+    )  # fmt: skip
 
 
 def halves(p: Problem, gates: Tensor) -> tuple[Problem, Problem]:
@@ -291,17 +279,6 @@ def halves(p: Problem, gates: Tensor) -> tuple[Problem, Problem]:
         for n, (begin, end) in enumerate(((0, middle), (middle, p.num_chunks)))
     )  # fmt: skip
     return first, second
-
-
-def _table(p: Problem, cut_: Problem, first_piece: Tensor, gates: Tensor, begin: int, num: int) -> Tensor:
-    heads = p.constants["HV"]
-    table = torch.empty(num, heads, 6, dtype=torch.int32, device=gates.device)
-    _walks(
-        num * heads, (where(table),),
-        (gates, cut_.cu, cut_.first_chunk, first_piece, table, p.num_sequences, begin),
-        (heads, p.constants["C"], FLOOR, 128), num_warps=1,
-    )  # fmt: skip
-    return table
 
 
 def fold(p: Problem, first_piece: Tensor, H: Tensor, M: Tensor, first: Tensor | None, last: Tensor) -> Tensor:
