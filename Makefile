@@ -12,7 +12,7 @@ run: $(STAMP)
 
 # Files stay together: their tests share models that were trained for them.
 test: $(STAMP)
-	$(ONE_THREAD) $(BIN)/python -m pytest -n auto --dist loadfile
+	$(ONE_THREAD) $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -147,7 +147,7 @@ def _continued(
 
 def multi_token_prediction(
     p: MultiTokenPrediction,
-    embed_tokens: Tensor,
+    e_BTD: Tensor,
     h_BTD: Tensor,
     tokens_BT: Tensor,
     documents: Documents | None = None,
@@ -159,21 +159,25 @@ def multi_token_prediction(
 ) -> tuple[Tensor, RouterStatistics | None]:
     """Hidden states [B, T, D] from which the shared head predicts the token after the next.
 
-    At t it sees h_t and the embedding of token t+1 of the same document (DeepSeek-V3, section 2.2; names as in the
-    published checkpoint). Where a document has no such token the result means nothing and is never a target. With
-    `parallel`, `p` are the rank's shards, and `embed_tokens` is gathered.
+    At t it sees h_t and e_t, the embedding of token t+1 of the same document, which `next_tokens` gives (DeepSeek-V3,
+    section 2.2; names as in the published checkpoint). Where a document has no such token the result means nothing and
+    is never a target. With `parallel`, `p` are the rank's shards.
     """
     layouts = None if parallel is None else cast(MultiTokenPrediction, parallel.layouts.mtp)
     shared = context(tokens_BT, documents, None, config)
     shared = shared._replace(valid_BT=_has_next(tokens_BT, documents), float8=float8)
     shared = on_ranks(shared, tokens_BT, parallel, config=config)
-    next_BT = piece(shift(tokens_BT, documents, 1, 0), parallel)
     p = _around_layer(p, layouts, parallel)
-    x_BTD = with_next(p, h_BTD, embed(next_BT, embed_tokens, parallel), config=config)
+    x_BTD = with_next(p, h_BTD, e_BTD, config=config)
     x_BTD, statistics = layer(
         p.layer, x_BTD, shared, None if layouts is None else layouts.layer, config=config, recompute=recompute
     )
     return rms_norm(x_BTD, p.norm, config.rms_norm_eps), statistics
+
+
+def next_tokens(tokens_BT: Tensor, documents: Documents | None = None) -> Tensor:
+    """The token behind each in its document, 0 behind the last."""
+    return shift(tokens_BT, documents, 1, 0)
 
 
 def _around_layer(
@@ -246,6 +250,7 @@ def layer(
 def finish(
     params: Parameters,
     x_BTD: Tensor,
+    e_BTD: Tensor | None,
     statistics: Sequence[RouterStatistics],
     tokens_BT: Tensor,
     documents: Documents | None,
@@ -258,7 +263,10 @@ def finish(
     recompute: Recompute,
     float8: Float8 = "none",
 ) -> tuple[Tensor, Metrics]:
-    """The loss from what the last layer gives: final norm, head, prediction module. Of `params` no layer is read."""
+    """The loss from what the last layer gives: final norm, head, prediction module. Of `params` no layer is read.
+
+    e_BTD: embeddings of the next tokens, for the prediction module.
+    """
     h_BTD = rms_norm(x_BTD, _outer(params, "norm", parallel), config.rms_norm_eps)
     first_BT, second_BT = (piece(targets(tokens_BT, documents, labels_BT, by=by), parallel) for by in (1, 2))
     own = summed(_counts([first_BT, second_BT]), "tokens", parallel)
@@ -266,10 +274,9 @@ def finish(
     head_VD = _outer(params, "embed_tokens" if isinstance(params.lm_head, tuple) else "lm_head", parallel)
     main = cross_entropy(h_BTD, head_VD, first_BT, z_loss_coef, parallel)
     total, mtp = main.total / totals[0], torch.zeros_like(main.cross_entropy)
-    if isinstance(params.mtp, MultiTokenPrediction):
-        table_VD = _outer(params, "embed_tokens", parallel)
+    if isinstance(params.mtp, MultiTokenPrediction) and e_BTD is not None:
         h2_BTD, new = multi_token_prediction(
-            params.mtp, table_VD, h_BTD, tokens_BT, documents, parallel,
+            params.mtp, e_BTD, h_BTD, tokens_BT, documents, parallel,
             config=config, recompute=recompute, float8=float8,
         )  # fmt: skip
         statistics = [*statistics, *([] if new is None else [new])]
@@ -325,19 +332,24 @@ def loss(
     recompute: what each layer computes again in backward rather than keeps; see `q3n_functional.recompute`.
     float8: the layers' products that are in float8; see `q3n_functional.float8`.
     """
-    own_BT = piece(tokens_BT, parallel)
-    by_rows = goes_by_rows(own_BT, parallel)
+    shared = context(tokens_BT, documents, None, config)._replace(float8=float8)
+    # One look at the embedding serves the layers and the prediction module: its gradient is a table too.
+    read_BT = piece(tokens_BT, parallel)
+    predicts = isinstance(params.mtp, MultiTokenPrediction)
+    if predicts:
+        read_BT = torch.cat([read_BT, piece(next_tokens(tokens_BT, documents), parallel)])
+    by_rows = goes_by_rows(read_BT, parallel)
     parts = _parts(params, by_rows)
     use: ahead.Use = partial(_used, parts)
     if stages.ahead and parallel is not None:
         use = ahead.begin(parts, _parts(parallel.layouts, by_rows), parallel, stages.reshard_after_forward)
         parallel = parallel._replace(gathered=True)
-    shared = context(tokens_BT, documents, None, config)._replace(float8=float8)
     shared = on_ranks(shared, tokens_BT, parallel, config=config)
     if by_rows and parallel is not None:
-        x_BTD = embed_rows(own_BT, params.embed_tokens, parallel)
+        x_BTD = embed_rows(read_BT, params.embed_tokens, parallel)
     else:
-        x_BTD = embed(own_BT, use(0, _outer, "embed_tokens", parallel), parallel)
+        x_BTD = embed(read_BT, use(0, _outer, "embed_tokens", parallel), parallel)
+    x_BTD, e_BTD = x_BTD.chunk(2) if predicts else (x_BTD, None)
     statistics = []
     for i in range(len(params.layers)):
         layouts = parallel and parallel.layouts.layers[i]
@@ -345,7 +357,7 @@ def loss(
         statistics += [] if new is None else [new]
     result: tuple[Tensor, Metrics] = use(
         len(params.layers) + 1, stages.finish,
-        x_BTD, statistics, tokens_BT, documents, labels_BT, num_targets, parallel,
+        x_BTD, e_BTD, statistics, tokens_BT, documents, labels_BT, num_targets, parallel,
         config=config, z_loss_coef=z_loss_coef, recompute=recompute, float8=float8,
     )  # fmt: skip
     return result
@@ -354,9 +366,9 @@ def loss(
 def _parts(params: Parameters, by_rows: bool) -> tuple[Any, ...]:
     """What each function of a loss reads: the tree with the embedding alone, every layer, the tree for `finish`."""
     nothing: Any = ()
-    again = isinstance(params.lm_head, tuple) or isinstance(params.mtp, MultiTokenPrediction)
     first = Parameters(nothing if by_rows else params.embed_tokens, (), nothing, (), ())
-    behind = params._replace(embed_tokens=params.embed_tokens if again else nothing, layers=())
+    is_tied = isinstance(params.lm_head, tuple)
+    behind = params._replace(embed_tokens=params.embed_tokens if is_tied else nothing, layers=())
     return first, *params.layers, behind
 
 

@@ -12,6 +12,7 @@ from q3n_functional.model import (
     load_balancing_loss,
     loss,
     multi_token_prediction,
+    next_tokens,
     targets,
 )
 from q3n_functional.packing import IGNORE, documents, documents_from_mask, lengths
@@ -95,7 +96,8 @@ def assert_same(actual, expected, relative=1e-11):
 def statistics_of(tree, tokens, docs, config):
     """Of every router, the prediction module's with them."""
     h, statistics, _ = hidden_states(tree, tokens, docs, config=config)
-    _, new = multi_token_prediction(tree.mtp, tree.embed_tokens, h, tokens, docs, config=config)
+    e = tree.embed_tokens[next_tokens(tokens, docs)]
+    _, new = multi_token_prediction(tree.mtp, e, h, tokens, docs, config=config)
     return statistics if new is None else RouterStatistics(*map(torch.add, statistics, new))
 
 
@@ -270,7 +272,8 @@ def test_labels_that_are_ignored():
     assert metrics.num_targets == kept.sum() == 43 - 4 - 11
     assert_same({"": metrics.cross_entropy}, {"": each})
     h, _, _ = hidden_states(tree, tokens, docs, config=config)
-    h2, _ = multi_token_prediction(tree.mtp, tree.embed_tokens, h, tokens, docs, config=config)
+    e = tree.embed_tokens[next_tokens(tokens, docs)]
+    h2, _ = multi_token_prediction(tree.mtp, e, h, tokens, docs, config=config)
     kept = (position < last - 1) & (labels.roll(-2, 1) != IGNORE)
     each = torch.nn.functional.cross_entropy((h2 @ tree.lm_head.T)[kept], tokens.roll(-2, 1)[kept])
     assert count_targets(tokens, docs, labels)[1] == kept.sum()

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from q3n_functional import layers, params
 from q3n_functional.feed_forward import RouterStatistics
-from q3n_functional.model import forward, head, hidden_states, loss, multi_token_prediction
+from q3n_functional.model import forward, head, hidden_states, loss, multi_token_prediction, next_tokens
 from q3n_functional.params import named_leaves
 from tests.configs import perturbed, slower, small, trainable
 
@@ -66,7 +66,7 @@ def test_multi_token_prediction_by_its_definition():
     shared = layers.context(tokens[:, 1:], None, None, config)
     x, _, _ = layers.decoder_layer(m.layer, x, shared, None, config=config)
     x = layers.rms_norm(x, m.norm, eps)
-    actual, _ = multi_token_prediction(m, tree.embed_tokens, h, tokens, config=config)
+    actual, _ = multi_token_prediction(m, tree.embed_tokens[next_tokens(tokens)], h, tokens, config=config)
     torch.testing.assert_close(actual[:, :-1], x)
     expected = cross_entropy((x[:, :-1] @ head(tree).T).flatten(0, 1), tokens[:, 2:].flatten())
     torch.testing.assert_close(loss(tree, tokens, config=config)[1].mtp_cross_entropy, expected)
@@ -77,7 +77,7 @@ def test_load_balancing_is_pooled_over_all_routers_and_the_predictions_own():
     tree, tokens = tree_of(config), random_tokens(2, 20)
     value = loss(tree, tokens, config=config)[1].aux_loss
     h, trunk, _ = hidden_states(tree, tokens, config=config)
-    _, extra = multi_token_prediction(tree.mtp, tree.embed_tokens, h, tokens, config=config)
+    _, extra = multi_token_prediction(tree.mtp, tree.embed_tokens[next_tokens(tokens)], h, tokens, config=config)
     assert trunk.tokens == 2 * 40
     assert extra.tokens == 38  # the last token of a row has no next one to be shown
     pooled = RouterStatistics(*map(torch.add, trunk, extra))

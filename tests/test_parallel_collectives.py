@@ -29,35 +29,35 @@ def test_collectives_of_a_step():
         done.stdout,
         """\
 dp=2
-  all_gather_into_tensor fsdp         48   44    0
-  reduce_scatter_tensor  fsdp          0   48    0
+  all_gather_into_tensor fsdp         47   44    0
+  reduce_scatter_tensor  fsdp          0   47    0
   all_reduce             fsdp          0   17    0
   all_reduce             tokens        2    1    0
   all_reduce             world         2    0    1
   kept of what was gathered 2
 replicate=2
-  all_reduce             replicate     0   65    0
+  all_reduce             replicate     0   64    0
   all_reduce             tokens        2    1    0
   all_reduce             world         2    0    1
 tp=2
-  all_gather_into_tensor tp            8    8    0
-  reduce_scatter_tensor  tp            8    8    0
+  all_gather_into_tensor tp            8    7    0
+  reduce_scatter_tensor  tp            7    8    0
   all_reduce             tp            4   24    0
   all_reduce             world         2    0    1
 tp=2 without sequence
-  all_reduce             tp           12   32    0
+  all_reduce             tp           11   31    0
   all_reduce             world         2    0    1
 cp=2
   all_gather_into_tensor cp            6    0    0
-  all_gather_into_tensor fsdp         48   44    0
+  all_gather_into_tensor fsdp         47   44    0
   reduce_scatter_tensor  cp            0    6    0
-  reduce_scatter_tensor  fsdp          0   48    0
+  reduce_scatter_tensor  fsdp          0   47    0
   all_reduce             fsdp          0   17    0
   all_reduce             tokens        2    1    0
   all_reduce             world         2    0    1
   kept of what was gathered 2
 ep=2
-  all_reduce             ep            0   56    0
+  all_reduce             ep            0   55    0
   all_reduce             tokens        2    1    0
   all_reduce             world         2    0    1
   all_to_all_single      ep           15    9    0

@@ -77,15 +77,12 @@ tp=2
   finish: cross_entropy                all_reduce sum  tp         backward
   finish: cross_entropy                reduce_scatter  tp         backward
   loss: embed                          reduce_scatter  tp         forward
-  multi_token_prediction: embed        reduce_scatter  tp         forward
   run: whole                           all_reduce sum  tp         backward
 tp=2 without sequence
   decoder_layer: leave_block           all_reduce sum  tp         forward
   decoder_layer: leave_block           all_reduce sum  tp         backward
   loss: embed                          all_reduce sum  tp         forward
   loss: embed                          all_reduce sum  tp         backward
-  multi_token_prediction: embed        all_reduce sum  tp         forward
-  multi_token_prediction: embed        all_reduce sum  tp         backward
 cp=2
   _delta_rule: carried_inputs          reduce_scatter  cp         backward
   _delta_rule: carried_rule            reduce_scatter  cp         backward

@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 from q3n_functional import cache as caches
 from q3n_functional import decode, speculative
 from q3n_functional.generate import generate, pieces
-from q3n_functional.model import head, hidden_states, multi_token_prediction
+from q3n_functional.model import head, hidden_states, multi_token_prediction, next_tokens
 from q3n_functional.sampling import Options, noted, sample
 from tests.configs import perturbed, slower, small
 
@@ -119,7 +119,8 @@ def drafted(tree, config, running, row, tokens, num):
     h_BTD, _, _ = hidden_states(tree, tokens, config=config)
     h_BTD, found = h_BTD[:, :-1], []
     for _ in range(num):
-        y_BTD, _ = multi_token_prediction(tree.mtp, tree.embed_tokens, pad(h_BTD, (0, 0, 0, 1)), tokens, config=config)
+        e_BTD = tree.embed_tokens[next_tokens(tokens)]
+        y_BTD, _ = multi_token_prediction(tree.mtp, e_BTD, pad(h_BTD, (0, 0, 0, 1)), tokens, config=config)
         draw = sample(y_BTD[:, -2] @ head(tree).mT, settings, history, torch.tensor([tokens.shape[1]]))
         found.append(int(draw.token_B))
         history = noted(history, draw.token_B)
