@@ -274,7 +274,8 @@ def finish(
     head_VD = _outer(params, "embed_tokens" if isinstance(params.lm_head, tuple) else "lm_head", parallel)
     main = cross_entropy(h_BTD, head_VD, first_BT, z_loss_coef, parallel)
     total, mtp = main.total / totals[0], torch.zeros_like(main.cross_entropy)
-    if isinstance(params.mtp, MultiTokenPrediction) and e_BTD is not None:
+    if isinstance(params.mtp, MultiTokenPrediction):
+        assert e_BTD is not None
         h2_BTD, new = multi_token_prediction(
             params.mtp, e_BTD, h_BTD, tokens_BT, documents, parallel,
             config=config, recompute=recompute, float8=float8,
