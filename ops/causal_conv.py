@@ -19,7 +19,7 @@ from q3n_functional.ops.registration import (
     define,
     differentiable,
     gradient,
-    transform_is_active,
+    is_recorded,
     wide,
 )
 
@@ -66,12 +66,11 @@ def causal_conv_qkv(
     if len(channels) != 3 or sum(channels) != x_BTC.shape[2]:
         raise ValueError(f"channels must be three numbers that add up to {x_BTC.shape[2]}, got {tuple(channels)}")
     arguments = x_BTC, weight_CW, initial_state, cu_seqlens
-    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments)
-    if not wanted or transform_is_active():
+    if is_recorded(*arguments):
+        q, k, v, state = _causal_conv_qkv(*arguments, channels, impl)
+    else:
         y, state = _causal_conv(*arguments, impl)
         q, k, v = y.split(channels, -1)
-    else:
-        q, k, v, state = _causal_conv_qkv(*arguments, channels, impl)
     return q, k, v, state
 
 

@@ -1,4 +1,4 @@
-"""Rows of an embedding table, and their gradient: a sum in a fixed order, without sorting more than the tokens.
+"""Rows of an embedding table, and the gradient of the table, whose sums have an order of their own.
 
 Shapes: tokens [...]; table [V, D].
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from q3n_functional.ops import sharding
-from q3n_functional.ops.registration import Impl, composite, define, gradient, transform_is_active, wide
+from q3n_functional.ops.registration import Impl, composite, define, gradient, is_recorded, wide
 
 
 def embedding(tokens: Tensor, table_VD: Tensor, kept: Tensor | None = None, impl: Impl = "auto") -> Tensor:
@@ -28,7 +28,7 @@ def embedding(tokens: Tensor, table_VD: Tensor, kept: Tensor | None = None, impl
     if table_VD.ndim != 2 or (kept is not None and kept.shape != tokens.shape):
         shapes = ", ".join(str(tuple(x.shape)) for x in (tokens, table_VD, kept) if x is not None)
         raise ValueError(f"table must be [V, D] and kept like tokens, got tokens, table and kept of {shapes}")
-    if not torch.is_grad_enabled() or not table_VD.requires_grad or transform_is_active():
+    if not is_recorded(table_VD):
         return _looked_up(tokens, table_VD, kept)
     x: Tensor = _embedding(tokens, table_VD, kept, impl)
     return x

@@ -170,37 +170,8 @@ def differentiable(
         setup_context(ctx, inputs, output)
 
     names = [argument.name for argument in op._schema.arguments]
-
-    class Transformable(torch.autograd.Function):
-        @staticmethod
-        def forward(*args: Any) -> Any:
-            return op(*args)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            sparse_context(ctx, inputs, output)
-
-        @staticmethod
-        def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-            return backward(ctx, *gradients)
-
-        @staticmethod
-        def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-            return _vmap(transformable, dict(zip(names, args, strict=True)), rows, info.batch_size, in_dims)
-
-    class Eager(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            output = op(*args)
-            sparse_context(ctx, args, output)
-            return output
-
-        backward = Transformable.backward
-
-    # Under torch.func.grad Dynamo would trace `forward` alone and lose the gradient: it must not look inside.
-    torch.compiler.allow_in_graph(Transformable)
-    transformable: Callable[..., Any] = Transformable.apply
-    eager: Callable[..., Any] = Eager.apply
+    transformable = _transformable(op, sparse_context, backward, names, rows)
+    eager = _eager(op, sparse_context, backward)
 
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         return _vmap(op, dict(zip(names, args, strict=True)), rows, info.batch_size, in_dims)
@@ -217,6 +188,53 @@ def differentiable(
     return call
 
 
+def _transformable(
+    op: OpOverload, context: Callable[..., None], gradients: Callable[..., Any], names: Sequence[str],
+    rows: Sequence[str],
+) -> Callable[..., Any]:  # fmt: skip
+    """The op for torch.func's transforms."""
+
+    class Transformable(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return op(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            context(ctx, inputs, output)
+
+        @staticmethod
+        def backward(ctx: Any, *given: Tensor | None) -> Any:
+            return gradients(ctx, *given)
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+            return _vmap(apply, dict(zip(names, args, strict=True)), rows, info.batch_size, in_dims)
+
+    # Under torch.func.grad Dynamo would trace `forward` alone and lose the gradient: it must not look inside.
+    torch.compiler.allow_in_graph(Transformable)
+    apply: Callable[..., Any] = Transformable.apply
+    return apply
+
+
+def _eager(op: OpOverload, context: Callable[..., None], gradients: Callable[..., Any]) -> Callable[..., Any]:
+    """The op for autograd alone: in this form torch does not look `forward`'s signature up at every call."""
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = op(*args)
+            context(ctx, args, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *given: Tensor | None) -> Any:
+            return gradients(ctx, *given)
+
+    apply: Callable[..., Any] = Eager.apply
+    return apply
+
+
 def gradient(op: OpOverload) -> Callable[..., Any]:
     """`differentiable` for an op that is itself a gradient: a derivative of it is refused in so many words.
 
@@ -227,6 +245,12 @@ def gradient(op: OpOverload) -> Callable[..., Any]:
         raise NotImplementedError(f"{op._schema.name}: second derivatives are not implemented")
 
     return differentiable(op, lambda ctx, inputs, output: None, refuse, registered=False)
+
+
+def is_recorded(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is computed of these, with no transform of torch.func around."""
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return wanted and not transform_is_active()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

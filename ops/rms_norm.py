@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from q3n_functional.ops import sharding
-from q3n_functional.ops.registration import Impl, Outputs, composite, define, gradient, transform_is_active, wide
+from q3n_functional.ops.registration import Impl, Outputs, composite, define, gradient, is_recorded, wide
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """`x / sqrt(mean(x^2) + eps) * (1 + weight)` over the last dim, in fp32; the weight is stored around zero."""
-    normal, _ = _normalised(x, eps)
+    normal, _ = normalised(x, eps)
     return (normal * (1.0 + weight.to(normal.dtype))).to(x.dtype)
 
 
@@ -32,21 +32,21 @@ def pre_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, impl: Impl = "auto") 
     """
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight must have shape {tuple(x.shape[-1:])}, the last dim of x, got {tuple(weight.shape)}")
-    wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if not wanted or transform_is_active():
+    if not is_recorded(x, weight):
         return x, rms_norm(x, weight, eps)
     residual, y = _pre_norm(x, weight, eps, impl)
     return residual, y
 
 
-def _normalised(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def normalised(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`x / sqrt(mean(x^2) + eps)` in fp32 (fp64 for fp64 inputs), and what x was multiplied by."""
     x = x.to(wide(x.dtype))
     rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     return x * rstd, rstd
 
 
 def _backward(dy: Tensor, dresidual: Tensor | None, x: Tensor, weight: Tensor, eps: float) -> Outputs:
-    normal, rstd = _normalised(x, eps)
+    normal, rstd = normalised(x, eps)
     wide_dy = dy.to(normal.dtype)
     dnormal = wide_dy * (1.0 + weight.to(normal.dtype))
     dx = rstd * (dnormal - normal * (dnormal * normal).mean(-1, keepdim=True))
@@ -84,11 +84,7 @@ class _PreNorm(torch.autograd.Function):
 _pre_norm = composite("pre_norm(Tensor x, Tensor weight, float eps, str impl) -> (Tensor, Tensor)", _PreNorm.apply)
 
 # Any dim but the last, over which the mean goes.
-_SPLITS = [sharding.Split({"x": dim}, (), ("x",), behind=1) for dim in range(3)]
 sharding.register(
     _backward_op,
-    [
-        sharding.gradient_split(split, ("x", "weight"), dict.fromkeys(("dy", "dresidual"), split.arguments["x"]))
-        for split in _SPLITS
-    ],
+    [sharding.Split(dict.fromkeys(("dy", "dresidual", "x"), dim), (dim, "sum"), ("x",), behind=1) for dim in range(3)],
 )

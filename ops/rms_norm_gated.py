@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from q3n_functional.ops import sharding
-from q3n_functional.ops.registration import Impl, Outputs, define, differentiable, gradient, wide
+from q3n_functional.ops.registration import Impl, Outputs, define, differentiable, gradient
+from q3n_functional.ops.rms_norm import normalised
 
 
 def rms_norm_gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float = 1e-6, impl: Impl = "auto") -> Tensor:
@@ -32,20 +33,14 @@ def rms_norm_gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float = 1e-6, i
     return y.view(x.shape)
 
 
-def _normalised(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    x = x.to(wide(x.dtype))
-    rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    return x * rstd, rstd
-
-
 def _forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-    normal, _ = _normalised(x, eps)
+    normal, _ = normalised(x, eps)
     y = weight.to(normal.dtype) * normal * torch.nn.functional.silu(gate.to(normal.dtype))
     return y.to(x.dtype).contiguous()
 
 
 def _backward(dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Outputs:
-    normal, rstd = _normalised(x, eps)
+    normal, rstd = normalised(x, eps)
     wide_gate, wide_weight, wide_dy = (t.to(normal.dtype) for t in (gate, weight, dy))
     sigmoid = torch.sigmoid(wide_gate)
     silu = wide_gate * sigmoid

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from expecttest import assert_expected_inline
+from torch import library
 
 from q3n_functional.ops import causal_conv, causal_conv_qkv
 
@@ -222,7 +223,7 @@ def test_queries_keys_and_values(state):
 def test_the_gradient_of_queries_keys_and_values_is_an_op():
     x, weight, state = draw(2, 9, dtype=torch.bfloat16)
     arguments = *(2 * x).split(CHANNELS, -1), state, x, weight, state, None, "auto"
-    torch.library.opcheck(torch.ops.q3n.causal_conv_qkv_backward.default, arguments)
+    library.opcheck(torch.ops.q3n.causal_conv_qkv_backward.default, arguments)
 
 
 def test_errors():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from expecttest import assert_expected_inline
+from torch import library
 
 from q3n_functional.ops.embedding import embedding, embedding_gradient
 
@@ -64,7 +65,7 @@ def test_compiles_once_for_all_lengths():
 def test_its_gradient_is_an_op():
     tokens, _, dx = draw(9, dtype=torch.bfloat16)
     op = torch.ops.q3n.embedding_backward.default
-    torch.library.opcheck(op, (dx, tokens, 7, "auto"))
+    library.opcheck(op, (dx, tokens, 7, "auto"))
     mapped = torch.vmap(op, (0, None, None, None))(torch.stack([dx, 2 * dx]), tokens, 7, "auto")
     torch.testing.assert_close(mapped, torch.stack([op(x, tokens, 7, "auto") for x in (dx, 2 * dx)]))
 

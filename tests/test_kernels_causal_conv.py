@@ -1,19 +1,13 @@
 """The Triton convolution against the reference in float64: in Triton's interpreter here, on the device there."""
 
-import os
-
 import pytest
 import torch
 
 from q3n_functional.ops.causal_conv import _backward as reference_backward
 from q3n_functional.ops.causal_conv import _forward as reference_forward
+from tests.device import DEVICE, INTERPRETED, ON_DEVICE
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = [] if INTERPRETED else [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]  # fmt: skip
+pytestmark = ON_DEVICE
 
 DOCUMENTS = [0, 0, 7, 8, 10, 10, 24, 27, 27, 27]
 CASES = {

@@ -1,16 +1,12 @@
 """The Triton gradient of an embedding table against plain sums: interpreted here, on the device there."""
 
-import os
-
 import pytest
 import torch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = [] if INTERPRETED else [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]  # fmt: skip
+from tests.device import DEVICE, INTERPRETED, ON_DEVICE
+from tests.test_kernels_rms_norm_gated import poisoned
+
+pytestmark = ON_DEVICE
 
 CASES = {
     "a few of many rows": {"num": 200},
@@ -52,11 +48,7 @@ def sums(dx, rows, num):
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 def test_matches_plain_sums(options):
     dx, rows, num = build(**options)
-    torch.use_deterministic_algorithms(True)  # fresh memory holds NaN
-    try:
-        actual = kernels().backward(dx, rows, num)
-    finally:
-        torch.use_deterministic_algorithms(False)
+    actual = poisoned(kernels().backward)(dx, rows, num)
     assert actual.dtype == dx.dtype
     tolerance = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dx.dtype]
     torch.testing.assert_close(actual.double(), sums(dx, rows, num), rtol=tolerance, atol=tolerance)

@@ -1,18 +1,12 @@
 """The experts' sort of slots at the sizes of training: in Triton's interpreter here, on the device there."""
 
-import os
-
 import pytest
 import torch
 
 from q3n_functional.ops.grouped_swiglu import _sort as reference_sort
+from tests.device import DEVICE, INTERPRETED, ON_DEVICE
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = [] if INTERPRETED else [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]  # fmt: skip
+pytestmark = ON_DEVICE
 
 SIZES = [(4100, 3, 8), (2500, 70, 14)]  # more blocks than are scanned at a time, and a few slots in the last
 if not INTERPRETED:

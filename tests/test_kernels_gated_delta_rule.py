@@ -10,9 +10,8 @@ import torch
 from torch import library
 
 from q3n_functional.ops.chunks import saved_shapes
+from tests.device import DEVICE, INTERPRETED
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
 runs_here = [
     pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="runs in test_in_the_interpreter"),
     *([] if INTERPRETED else [pytest.mark.gpu]),

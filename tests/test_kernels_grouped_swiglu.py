@@ -1,7 +1,5 @@
 """The Triton experts against the reference in float64: in Triton's interpreter here, on the device there."""
 
-import os
-
 import pytest
 import torch
 from torch import library
@@ -9,13 +7,9 @@ from torch import library
 from q3n_functional.ops import grouped_swiglu
 from q3n_functional.ops.grouped_swiglu import _backward as reference_backward
 from q3n_functional.ops.grouped_swiglu import _forward as reference_forward
+from tests.device import DEVICE, INTERPRETED, ON_DEVICE
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = [] if INTERPRETED else [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]  # fmt: skip
+pytestmark = ON_DEVICE
 
 CASES = {
     "several tiles": {},

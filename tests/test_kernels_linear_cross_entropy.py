@@ -6,15 +6,11 @@ import pytest
 import torch
 
 from q3n_functional.ops.linear_cross_entropy import IGNORE
+from tests.device import DEVICE, INTERPRETED, ON_DEVICE
 from tests.test_linear_cross_entropy import COEF, MODULE, assert_close, definition, derivatives, draw, wide
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses where memory is to be poisoned
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = [] if INTERPRETED else [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]  # fmt: skip
+pytestmark = ON_DEVICE
 DTYPES = (
     [(torch.float32, 5e-6)] if INTERPRETED else [(torch.float32, 1e-5), (torch.bfloat16, 4e-3), (torch.float16, 1e-3)]
 )

@@ -1,23 +1,17 @@
 """Attention of pieces in blocks: put together in Triton's interpreter here, with cuDNN's blocks on the device."""
 
-import os
-
 import pytest
 import torch
 
 from q3n_functional.ops import attention, piece_attention
+from tests.device import DEVICE, INTERPRETED, ON_DEVICE
 from tests.test_piece_attention import by_pieces, derivatives, draw
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
 on_hopper = pytest.mark.skipif(
     INTERPRETED or not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
     reason="the blocks are cuDNN's on Hopper",
 )
-pytestmark = [] if INTERPRETED else [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]  # fmt: skip
+pytestmark = ON_DEVICE
 
 
 def scores(q, k, scale, causal):

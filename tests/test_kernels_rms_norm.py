@@ -1,19 +1,13 @@
 """The Triton gradient of the norm against the reference in float64: interpreted here, on the device there."""
 
-import os
-
 import pytest
 import torch
 
 from q3n_functional.ops.rms_norm import _backward as reference
-from tests.test_kernels_rms_norm_gated import BOUNDS, EPS, poisoned
+from tests.device import DEVICE, INTERPRETED, ON_DEVICE
+from tests.test_kernels_rms_norm_gated import EPS, assert_near, poisoned
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = [] if INTERPRETED else [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]  # fmt: skip
+pytestmark = ON_DEVICE
 
 CASES = {
     "three dims": {},
@@ -64,12 +58,7 @@ def assert_matches(actual, inputs):
     """Against the reference in float64, by the largest error relative to the largest entry."""
     expected = reference(*(None if t is None else t.double() for t in inputs), EPS)
     for name, value, wanted, like in zip(("dx", "dweight"), actual, expected, inputs[2:], strict=True):
-        assert value.shape == wanted.shape, name
-        assert value.dtype == like.dtype, name
-        assert value.is_contiguous(), name
-        error = (value.double() - wanted).abs().nan_to_num(float("inf"))
-        if value.numel():
-            assert error.max() <= BOUNDS[value.dtype] * max(1, wanted.abs().max()), name
+        assert_near(value, wanted, like.dtype, name)
 
 
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)

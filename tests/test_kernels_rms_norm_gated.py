@@ -1,19 +1,13 @@
 """The Triton gated norm against the reference in float64: in Triton's interpreter here, on the device there."""
 
-import os
-
 import pytest
 import torch
 
 from q3n_functional.ops.rms_norm_gated import _backward as reference_backward
 from q3n_functional.ops.rms_norm_gated import _forward as reference_forward
+from tests.device import DEVICE, INTERPRETED, ON_DEVICE
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-pytestmark = [] if INTERPRETED else [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]  # fmt: skip
+pytestmark = ON_DEVICE
 
 CASES = {
     "heads": {},
@@ -95,13 +89,16 @@ def assert_matches(actual, inputs):
     """Against the reference in float64, by the largest error relative to the largest entry."""
     expected = outputs([t.double() for t in inputs], reference_forward, reference_backward)
     for name, value in actual.items():
-        wanted = expected[name]
-        assert value.shape == wanted.shape, name
-        assert value.dtype == (inputs[3] if name == "dweight" else inputs[1]).dtype, name
-        assert value.is_contiguous(), name
-        error = (value.double() - wanted).abs().nan_to_num(float("inf"))
-        if value.numel():
-            assert error.max() <= BOUNDS[value.dtype] * max(1, wanted.abs().max()), name
+        assert_near(value, expected[name], (inputs[3] if name == "dweight" else inputs[1]).dtype, name)
+
+
+def assert_near(value, wanted, dtype, name):
+    assert value.shape == wanted.shape, name
+    assert value.dtype == dtype, name
+    assert value.is_contiguous(), name
+    error = (value.double() - wanted).abs().nan_to_num(float("inf"))
+    if value.numel():
+        assert error.max() <= BOUNDS[value.dtype] * max(1, wanted.abs().max()), name
 
 
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from expecttest import assert_expected_inline
+from torch import library
 
 from q3n_functional.ops import pre_norm
 from tests.test_rms_norm_gated import assert_close
@@ -68,7 +69,7 @@ def test_compiles_once_for_all_lengths():
 def test_its_gradient_is_an_op(residual):
     x, weight = draw(5, 7, dtype=torch.bfloat16)
     op, dresidual = torch.ops.q3n.pre_norm_backward.default, x * 3 if residual else None
-    torch.library.opcheck(op, (x * 2, dresidual, x, weight, 1e-6, "auto"))
+    library.opcheck(op, (x * 2, dresidual, x, weight, 1e-6, "auto"))
     mapped = torch.vmap(op, (0, 0 if residual else None, 0, None, None, None))
     stacks = [None if t is None else torch.stack([t, t * 0.5]) for t in (x * 2, dresidual, x)]
     each = [op(*(None if t is None else t[n] for t in stacks), weight, 1e-6, "auto") for n in range(2)]

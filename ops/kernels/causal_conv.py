@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from q3n_functional.ops.kernels.partial_sums import sum_partials
+from q3n_functional.ops.kernels.rows import as_rows
 from q3n_functional.ops.kernels.sigmoid import sigmoid
 from q3n_functional.ops.registration import UnsupportedError
 
@@ -370,12 +371,6 @@ def _check(x: Tensor, weight: Tensor) -> None:
         raise UnsupportedError(f"x is {x.dtype}: the Triton kernels take bf16, fp16 and fp32")
 
 
-def _rows(x_BTC: Tensor) -> Tensor:
-    """[B*T, C] with contiguous channels: a view where strides allow one."""
-    x = x_BTC.flatten(0, 1)
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def forward(
     x_BTC: Tensor, weight_CW: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None, config: Config = FORWARD
 ) -> tuple[Tensor, Tensor]:
@@ -391,7 +386,7 @@ def forward(
     span = min(FORWARD_MAX_SPAN, triton.next_power_of_2(max(1, tokens * tiles // config.programs)))
     programs = tiles * (triton.cdiv(tokens, span) + num_docs)
     if programs:
-        x = _rows(x_BTC)
+        x = as_rows(x_BTC)
         _forward_kernel[(programs,)](
             x, weight_CW.contiguous(), _contiguous(initial_state), _contiguous(cu_seqlens), y, final,
             num_docs, tokens, length, span, x.stride(0), C=channels, W=width, BC=config.channels, ROWS=config.rows,
@@ -449,8 +444,8 @@ def _backward(
     partials = torch.empty(spans, width, channels, dtype=torch.float32, device=x_BTC.device)
     programs = tiles * (spans + (0 if initial_state is None else num_docs))
     if programs and channels:
-        x = _rows(x_BTC)
-        given = [_rows(dy) for dy in dys]
+        x = as_rows(x_BTC)
+        given = [as_rows(dy) for dy in dys]
         given += [x] * (3 - len(given))  # stand-ins: the branches that are never taken compile too
         parts = len(dys) == 3
         keys, values = (dys[0].shape[2], channels - dys[2].shape[2]) if parts else (0, 0)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from q3n_functional.ops.kernels.rows import as_rows
 from q3n_functional.ops.registration import UnsupportedError
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -56,7 +57,7 @@ def backward(dx_MD: Tensor, rows_M: Tensor, num: int) -> Tensor:
     dtable = torch.empty(num, width, dtype=dx_MD.dtype, device=dx_MD.device)
     if not dtable.numel():
         return dtable
-    dx = dx_MD if dx_MD.stride(1) == 1 else dx_MD.contiguous()
+    dx = as_rows(dx_MD)
     # The fewer bits of a key, the fewer passes over them.
     sorted_M, order_M = rows_M.to(torch.int32).sort(stable=True)
     numbers = torch.arange(num + 1, dtype=torch.int32, device=dx.device)

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from q3n_functional.ops.kernels.partial_sums import sum_partials
+from q3n_functional.ops.kernels.rows import as_rows
 from q3n_functional.ops.registration import UnsupportedError
 
 MAX_WIDTH = 8192
@@ -74,17 +75,11 @@ def backward(
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not x.numel():
         return dx, torch.zeros(weight.shape, dtype=weight.dtype, device=x.device)
-    rows = [_rows(t) for t in (dy, x if dresidual is None else dresidual, x)]
-    programs, block = min(config.programs, len(rows[0])), triton.next_power_of_2(width)
+    flat = [as_rows(t) for t in (dy, x if dresidual is None else dresidual, x)]
+    programs, block = min(config.programs, len(flat[0])), triton.next_power_of_2(width)
     partials = torch.empty(programs, 1, width, dtype=torch.float32, device=x.device)
     _backward_kernel[(programs,)](
-        *rows, weight.contiguous(), dx, partials, len(rows[0]), programs, eps, *(t.stride(0) for t in rows),
+        *flat, weight.contiguous(), dx, partials, len(flat[0]), programs, eps, *(t.stride(0) for t in flat),
         D=width, BD=block, RESIDUAL=dresidual is not None, num_warps=max(1, min(16, block // config.entries)),
     )  # fmt: skip
     return dx, sum_partials(partials, weight.dtype).flatten()
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[rows, D] with contiguous entries: a view where strides allow one."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
