@@ -416,7 +416,8 @@ def backward_of_parts(
     """`backward` of three parts of y."""
     dys = dq_BTC, dk_BTC, dv_BTC
     tile = math.gcd(_shrunk(config, x_BTC.shape[2]).channels, dq_BTC.shape[2], dk_BTC.shape[2])
-    if tile < MIN_CHANNELS:  # tiles of one part each would be too narrow
+    # Tiles of one part each would be too narrow; the row of a part without channels a constant to Triton.
+    if tile < MIN_CHANNELS or not all(dy.numel() for dy in dys):
         dys = (torch.cat(dys, -1),)
     else:
         config = _shrunk(config, tile)

@@ -60,7 +60,7 @@ class Config(NamedTuple):
     programs: int
 
 
-CONFIG = Config(entries=512, programs=NUM_SMS * 8)
+CONFIG = Config(entries=512, programs=NUM_SMS * 5)
 
 
 def backward(
