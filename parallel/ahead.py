@@ -87,7 +87,7 @@ class _Flight:
         self.parts, self.fsdp = parts, parallel.fsdp
         # The last part keeps what it has: its backward is the next that runs.
         self.gathered_again = range(len(parts) - 1 if reshard_after_forward else 0)
-        self.axes = (parallel.fsdp, parallel.replicate, parallel.ep, parallel.tp)
+        self.axes = (parallel.fsdp, parallel.replicate, parallel.ep_copies, parallel.tp)
         self.coming: dict[int, list[Tensor]] = {}
         self.here: dict[int, list[Tensor]] = {}
         self.going: list[Iterator[None]] = []

@@ -96,7 +96,8 @@ def _numbers(owners_M: Tensor, first_M: Tensor, ep: Axis) -> tuple[_Numbers, _Nu
     counts = [owners_M.new_zeros(ep.size).scatter_add(0, owners_M, x) for x in (torch.ones_like(first_M), first_M)]
     sent_N2 = torch.stack(counts, 1)
     received_N2 = exchange_counts(sent_N2.flatten(), ep).view(ep.size, 2)
-    sent, rows_sent, received, rows_received = torch.cat([sent_N2, received_N2], 1).T.tolist()
+    # To the host at once: compiled, a list of numbers on a card is a wait for every number.
+    sent, rows_sent, received, rows_received = torch.cat([sent_N2, received_N2], 1).T.cpu().tolist()
     for number in (*sent, *rows_sent, *received, *rows_received):
         torch._check(number >= 0)
     return _Numbers(sent, received), _Numbers(rows_sent, rows_received)

@@ -36,11 +36,16 @@ GROUPS = {
     "replicate": ("replicate",),
     "cp": ("cp",),
     "ep": ("ep",),
+    "ep_copies": ("ep",),
     "tp": ("tp",),
     "tokens": ("replicate", "dp", "cp", "ep"),
     "world": AXES,
 }
-"""The groups of ranks that something is exchanged in, by the axes of the mesh that they span."""
+"""The groups of ranks that something is exchanged in, by the axes of the mesh that they span.
+
+In ep_copies gradients of parameters that ep ranks have alike are summed, which takes a while: the exchanges of tokens
+in ep, for which everything waits, would queue behind them in one group.
+"""
 
 T = TypeVar("T")
 
@@ -54,6 +59,7 @@ class Parallel(NamedTuple):
     replicate: Axis
     cp: Axis
     ep: Axis
+    ep_copies: Axis
     tp: Axis
     tokens: Axis
     world: Axis
@@ -114,7 +120,7 @@ def _used(p: Tensor, where: Layout, parallel: Parallel) -> Tensor:
 
 def place(where: Layout, parallel: Parallel) -> Place:
     """How a parameter that lies so is used."""
-    axes = (parallel.replicate, parallel.ep, parallel.tp)
+    axes = (parallel.replicate, parallel.ep_copies, parallel.tp)
     dims = (None, where.ep, where.tp)
     copies = [axis for axis, dim in zip(axes, dims, strict=True) if dim is None]
     return Place(where.fsdp, copies)

@@ -57,7 +57,7 @@ cp=2
   all_reduce             world         2    0    1
   kept of what was gathered 2
 ep=2
-  all_reduce             ep            0   55    0
+  all_reduce             ep_copies     0   55    0
   all_reduce             tokens        2    1    0
   all_reduce             world         2    0    1
   all_to_all_single      ep           15    9    0

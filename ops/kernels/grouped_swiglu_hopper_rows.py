@@ -190,7 +190,7 @@ def _sigmoid(x):
 
 
 @gluon.jit
-def _activation_gradients(out_s, at, first: gl.constexpr, a_all, b_all, to, plane, w, mask):
+def _activation_gradients(out_s, at: gl.constexpr, first: gl.constexpr, a_all, b_all, to, plane, w, mask):
     """Write da, db and w h of 16 rows; return their share of dw."""
     dw = gl.zeros([16], gl.float32, FLAT_ROW)
     for q in gl.static_range(4):
@@ -230,7 +230,7 @@ def _finish(
         if e >= 0:
             first = gl.load(tiles + 2 * (t // blocks) + 1)
             end = gl.load(ends + e)
-            for half in range(2):  # unrolled, it takes two seconds more to compile
+            for half in gl.static_range(2):
                 for part in gl.static_range(4):
                     row = first + (64 * half + 16 * part) + gl.arange(0, 16, FLAT_ROW)
                     mask = (row < end)[:, None]
