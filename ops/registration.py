@@ -11,14 +11,18 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, library
+from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
 from torch._ops import OpOverload
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from q3n_functional.ops import precompile
 
 Impl = Literal["auto", "reference", "triton"]
 IMPLS = get_args(Impl)
@@ -90,7 +94,7 @@ def define(
     run = functools.partial(_run, name, reference, kernel)
     for device in ("CPU", "CUDA"):
         _library.impl(name, run, device)
-    library.register_fake(f"q3n::{name}", lambda *args: fake(*args[:-1]), lib=_library)
+    library.register_fake(f"q3n::{name}", functools.partial(_fake, name, fake, kernel), lib=_library)
     overload: OpOverload = getattr(torch.ops.q3n, name).default
     return overload
 
@@ -132,6 +136,18 @@ def _run(name: str, reference: Callable[..., Outputs], kernel: str | None, *args
         return reference(*arguments)
 
 
+def _fake(name: str, fake: Callable[..., Outputs], kernel: str | None, *args: Any) -> Outputs:
+    *arguments, impl = args
+    if kernel and impl != "reference" and precompile.is_wanted(name, arguments):
+        try:
+            precompile.walk(_load(kernel), arguments)
+        except UnsupportedError:
+            pass
+        except Exception as error:
+            _say_once(f"q3n::{name} is compiled when it first runs, not beside others: {error!r}")
+    return fake(*arguments)
+
+
 @functools.cache
 def _say_once(line: str) -> None:
     logger.info(line)
@@ -139,6 +155,10 @@ def _say_once(line: str) -> None:
 
 @functools.cache
 def _load(kernel: str) -> Callable[..., Outputs]:
+    if torch.cuda.is_available():
+        # What Inductor sets when it compiles a kernel of its own. A second run, which finds its graphs compiled, would
+        # otherwise look for ours in another place than where the first put them.
+        os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(torch.cuda.current_device()))
     module, function = kernel.split(":")
     launcher: Callable[..., Outputs] = getattr(
         importlib.import_module(f"q3n_functional.ops.kernels.{module}"), function

@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from q3n_functional.ops.kernels.launch import launch
 from q3n_functional.ops.kernels.partial_sums import sum_partials
 from q3n_functional.ops.kernels.rows import as_rows
 from q3n_functional.ops.kernels.sigmoid import sigmoid
@@ -387,7 +388,7 @@ def forward(
     programs = tiles * (triton.cdiv(tokens, span) + num_docs)
     if programs:
         x = as_rows(x_BTC)
-        _forward_kernel[(programs,)](
+        launch(_forward_kernel, programs)(
             x, weight_CW.contiguous(), _contiguous(initial_state), _contiguous(cu_seqlens), y, final,
             num_docs, tokens, length, span, x.stride(0), C=channels, W=width, BC=config.channels, ROWS=config.rows,
             DOCUMENTS=cu_seqlens is not None, INITIAL=initial_state is not None, num_warps=config.warps, num_stages=1,
@@ -450,7 +451,7 @@ def _backward(
         given += [x] * (3 - len(given))  # stand-ins: the branches that are never taken compile too
         parts = len(dys) == 3
         keys, values = (dys[0].shape[2], channels - dys[2].shape[2]) if parts else (0, 0)
-        _backward_kernel[(programs,)](
+        launch(_backward_kernel, programs)(
             *given, _contiguous(dfinal_state), x, weight_CW.contiguous(), _contiguous(initial_state),
             _contiguous(cu_seqlens), dx, partials, dinitial, num_docs, tokens, length, span, x.stride(0),
             *(dy.stride(0) for dy in given), C=channels, W=width, BC=config.channels, ROWS=config.rows,

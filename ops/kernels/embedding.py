@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from q3n_functional.ops.kernels.launch import launch
 from q3n_functional.ops.kernels.rows import as_rows
 from q3n_functional.ops.registration import UnsupportedError
 
@@ -63,7 +64,7 @@ def backward(dx_MD: Tensor, rows_M: Tensor, num: int) -> Tensor:
     numbers = torch.arange(num + 1, dtype=torch.int32, device=dx.device)
     starts = torch.searchsorted(sorted_M, numbers, out_int32=True)
     columns = min(COLUMNS, triton.next_power_of_2(width))
-    _backward_kernel[(triton.cdiv(num, ROWS) * triton.cdiv(width, columns),)](
+    launch(_backward_kernel, triton.cdiv(num, ROWS) * triton.cdiv(width, columns))(
         dx, order_M, sorted_M, starts, dtable, num, dx.stride(0), D=width, ROWS=ROWS, COLUMNS=columns, TOKENS=TOKENS,
         num_warps=4,
     )  # fmt: skip

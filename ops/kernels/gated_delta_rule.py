@@ -53,7 +53,7 @@ from q3n_functional.ops.kernels.gated_delta_rule_pieces import (
     place_by_length,
     walks,
 )
-from q3n_functional.ops.kernels.launch import Launcher, kind, where
+from q3n_functional.ops.kernels.launch import Launcher, kind, launch, where
 from q3n_functional.ops.registration import UnsupportedError
 
 CHUNK_SIZES = (16, 32, 64)
@@ -870,7 +870,7 @@ def _launch_chunks(
     if P is None and merge == "fp16" and hopper.serves(p):
         launch_chunks(p, A_log, dt_bias, gates, Y, o, scale)
         return
-    _chunk_kernel[(p.num_chunks * heads,)](
+    launch(_chunk_kernel, p.num_chunks * heads)(
         p.q, p.k, p.g, p.beta, A_log, dt_bias, p.table, gates, Y, P, o, p.length, scale, beta_scale,
         *p.q.stride()[:2], *p.k.stride()[:2], *p.g.stride(), *p.beta.stride(), **p.constants,
         BV=_power_of_2(p.constants["V"]), ACTIVATE=A_log is not None, SIGMOID=beta_scale != 0,
@@ -954,7 +954,7 @@ def _launch_scan(
     dot = _dot_precision(p.q.dtype)
     descriptors = _descriptors(p, p.v, o, h, Y, P, config)
     if tiles := _tiles(p, config):
-        _scan_kernel[(tiles,)](
+        launch(_scan_kernel, tiles)(
             p.q, p.k, p.v, gates, Y, P, initial, final, o, h, *descriptors, p.cu, p.first_chunk, p.length,
             *p.q.stride()[:2], *p.k.stride()[:2], *p.v.stride()[:2], **p.constants, BV=config.BV,
             INITIAL=initial is not None, MODE="output" if h is None else "states", DOT=dot,
@@ -973,7 +973,7 @@ def _launch_reverse_scan(
     dot = _dot_precision(p.q.dtype)
     descriptors = _descriptors(p, grad, z, dh, Y, P, config)
     if tiles := _tiles(p, config):
-        _reverse_scan_kernel[(tiles,)](
+        launch(_reverse_scan_kernel, tiles)(
             p.q, p.k, grad, gates, Y, P, d_final, d_initial, z, dh, *descriptors, p.cu, p.first_chunk, p.length,
             *p.q.stride()[:2], *p.k.stride()[:2], *grad.stride()[:2], **p.constants, BV=config.BV,
             FINAL=d_final is not None, INITIAL=d_initial.numel() > 0, DOT=dot, TMA=descriptors[0] is not None,
@@ -988,7 +988,7 @@ def _launch_transition(p: Problem, gates: Tensor, Y: Tensor) -> Tensor:
     p = p._replace(constants={**p.constants, "V": K})
     config = _scan_config(p)._replace(tma=False)
     if tiles := _tiles(p, config):
-        _scan_kernel[(tiles,)](
+        launch(_scan_kernel, tiles)(
             p.q, p.k, p.k, gates, Y, None, None, M, M, None, *[None] * 7, p.cu, p.first_chunk, p.length,
             *p.q.stride()[:2], *p.k.stride()[:2], 0, 0, **p.constants, BV=config.BV, INITIAL=False, MODE="transition",
             DOT=_dot_precision(p.k.dtype), TMA=False, STAGES=config.stages, num_warps=config.warps,
@@ -1158,7 +1158,7 @@ def backward(
     d_gate = torch.empty(2, v.shape[2], p.num_chunks if A_log is not None else 0, dtype=torch.float32, device=q.device)
     whole = Part(p, grad, gates, Y, initial, d_final, d_initial, dq, dk, dv, dg, dbeta, d_gate, None)
     if fast and p.cu is not None:
-        _zero_tail_kernel[(NUM_SMS,)](
+        launch(_zero_tail_kernel, NUM_SMS)(
             p.cu, dq, dk, dv, p.num_sequences, p.length, KEYS=dq.shape[2] * K, VALUES=dv.shape[2] * V,
             BLOCK=_power_of_2(max(dq.shape[2] * K, dv.shape[2] * V)),
         )  # fmt: skip

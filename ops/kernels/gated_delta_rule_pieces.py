@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from q3n_functional.ops.kernels.launch import Launcher, kind, where
+from q3n_functional.ops.kernels.launch import Launcher, kind, launch, where
 
 if TYPE_CHECKING:
     from q3n_functional.ops.kernels.gated_delta_rule import Problem
@@ -289,7 +289,7 @@ def fold(p: Problem, first_piece: Tensor, H: Tensor, M: Tensor, first: Tensor | 
     c = p.constants
     starts = torch.empty_like(H)
     BV = 32
-    _fold_kernel[(p.num_sequences * c["HV"] * -(-c["V"] // BV),)](
+    launch(_fold_kernel, p.num_sequences * c["HV"] * -(-c["V"] // BV))(
         H, M, first, starts, last, first_piece, HV=c["HV"], K=c["K"], V=c["V"], BK=c["BK"], BV=BV,
         FIRST=first is not None, num_warps=8,
     )  # fmt: skip

@@ -28,6 +28,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from q3n_functional.ops.kernels import grouped_swiglu_hopper as hopper
 from q3n_functional.ops.kernels import grouped_swiglu_hopper_rows as hopper_rows
+from q3n_functional.ops.kernels.launch import launch
 from q3n_functional.ops.kernels.sigmoid import sigmoid
 from q3n_functional.ops.registration import UnsupportedError
 
@@ -485,7 +486,7 @@ def _problem(x: Tensor, weights: Tensor, gate: Tensor, rows: Tensor | None, conf
 
 def _launch(kernel, programs: int, tile: Tile, *args, **constants) -> None:
     shape = {"BM": tile.BM, "BN": tile.BN, "BK": tile.BK, "STAGES": tile.stages}
-    kernel[(programs,)](*args, **constants, **shape, num_warps=tile.warps)
+    launch(kernel, programs)(*args, **constants, **shape, num_warps=tile.warps)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -516,7 +517,7 @@ def _table(p: Problem) -> dict[str, int]:
 
 def _tile_table(p: Problem, sizes: Tensor | None, ends: Tensor) -> Tensor:
     tiles, table = torch.empty(p.num_tiles, 2, dtype=torch.int32, device=ends.device), _table(p)
-    _tiles_kernel[(_cdiv(p.num_tiles, table["TILES"]),)](
+    launch(_tiles_kernel, _cdiv(p.num_tiles, table["TILES"]))(
         sizes, ends, tiles, p.num_tiles, **table, SIZES=sizes is not None
     )
     return tiles
@@ -527,16 +528,16 @@ def _sort(p: Problem, experts: Tensor) -> Sorted:
     order, ends = (torch.empty(n, dtype=torch.int32, device=experts.device) for n in (p.num_slots, p.num_experts))
     if p.num_slots <= FEW_SLOTS:
         tiles = torch.empty(p.num_tiles, 2, dtype=torch.int32, device=experts.device)
-        _sort_few_kernel[(blocks + _cdiv(p.num_tiles, table["TILES"]),)](
+        launch(_sort_few_kernel, blocks + _cdiv(p.num_tiles, table["TILES"]))(
             experts, order, ends, tiles, p.num_slots, p.num_tiles, **table, BLOCK=SORT_BLOCK, num_warps=8
         )
         return Sorted(order, ends, tiles)
     bins = table["BE"]
     counts = torch.empty(blocks + 1, bins, dtype=torch.int32, device=experts.device)
-    _count_kernel[(blocks,)](experts, counts, p.num_slots, BE=bins, BLOCK=SORT_BLOCK)
-    _scan_kernel[(_cdiv(bins, 16),)](counts, counts[blocks], blocks, BE=bins, ROWS=256, COLS=16)
+    launch(_count_kernel, blocks)(experts, counts, p.num_slots, BE=bins, BLOCK=SORT_BLOCK)
+    launch(_scan_kernel, _cdiv(bins, 16))(counts, counts[blocks], blocks, BE=bins, ROWS=256, COLS=16)
     tiles = _tile_table(p, counts[blocks], ends)
-    _place_kernel[(blocks,)](experts, counts, ends, order, p.num_slots, BE=bins, BLOCK=SORT_BLOCK, num_warps=8)
+    launch(_place_kernel, blocks)(experts, counts, ends, order, p.num_slots, BE=bins, BLOCK=SORT_BLOCK, num_warps=8)
     return Sorted(order, ends, tiles)
 
 
@@ -548,8 +549,8 @@ def _slices(p: Problem, tile: Tile, itemsize: int) -> list[tuple[int, int]]:
     return [(first, min(step, blocks - first)) for first in range(0, blocks, step)]
 
 
-def _summed(p: Problem, tile: Tile, like: Tensor, launch) -> Tensor:
-    """The sums over each token's slots of what `launch(programs, out, first, number)` writes, slice by slice."""
+def _summed(p: Problem, tile: Tile, like: Tensor, write) -> Tensor:
+    """The sums over each token's slots of what `write(programs, out, first, number)` writes, slice by slice."""
     y, tokens = torch.empty(like.shape, dtype=like.dtype, device=like.device), like.shape[0]
     slices = _slices(p, tile, y.element_size())
     scratch = torch.empty(p.num_slots * slices[0][1] * tile.BN, dtype=y.dtype, device=y.device)
@@ -558,8 +559,8 @@ def _summed(p: Problem, tile: Tile, like: Tensor, launch) -> Tensor:
         numbers = torch.arange(tokens + 1, dtype=torch.int32, device=y.device)
         starts = torch.searchsorted(p.rows, numbers, out_int32=True)
     for first, number in slices:
-        launch(p.num_tiles * number, scratch, first, number)
-        _sum_kernel[(_cdiv(tokens, rows) * number,)](
+        write(p.num_tiles * number, scratch, first, number)
+        launch(_sum_kernel, _cdiv(tokens, rows) * number)(
             scratch, y, starts, tokens, first, number, J=p.constants["J"], D=p.constants["D"], BN=tile.BN, ROWS=rows
         )
     return y
@@ -598,13 +599,13 @@ def _output(p: Problem, x: Tensor, h: Tensor, places: Sorted, down: Tensor) -> T
         return _summed(p, tile._replace(BN=hopper.COLS), x, lambda programs, *out: make(*out))
     tma = _descriptors(p.config, (h, tile.BM, tile.BK), (down, tile.BN, tile.BK))
 
-    def launch(programs: int, out: Tensor, first: int, number: int) -> None:
+    def write(programs: int, out: Tensor, first: int, number: int) -> None:
         _launch(
             _down_kernel, programs, tile, h, *places, down, *tma, out, p.num_slots, first, number,
             D=p.constants["D"], F=p.constants["F"], DOT=p.dot, TMA=tma[0] is not None,
         )  # fmt: skip
 
-    return _summed(p, tile, x, launch)
+    return _summed(p, tile, x, write)
 
 
 def backward(
@@ -670,10 +671,10 @@ def _input_gradient(p: Problem, x: Tensor, dhidden: Tensor, places: Sorted, gate
         return _summed(p, tile._replace(BN=hopper.COLS), x, lambda programs, *out: make(*out))
     tma = _descriptors(p.config, (rows, tile.BM, tile.BK), (gate, tile.BK, tile.BN), (up, tile.BK, tile.BN))
 
-    def launch(programs: int, out: Tensor, first: int, number: int) -> None:
+    def write(programs: int, out: Tensor, first: int, number: int) -> None:
         _launch(
             _input_gradient_kernel, programs, tile, dhidden, *places, gate, up, *tma, out, p.num_slots, first, number,
             D=p.constants["D"], F=p.constants["F"], DOT=p.dot, TMA=tma[0] is not None,
         )  # fmt: skip
 
-    return _summed(p, tile, x, launch)
+    return _summed(p, tile, x, write)

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton.experimental import gluon
+
+from q3n_functional.ops import precompile
+
+
+def launch(kernel: Any, programs: int) -> Callable[..., None]:
+    """`kernel[(programs,)]`, which only compiles on a walk of `ops.precompile`."""
+
+    def launched(*arguments: Any, **options: Any) -> None:
+        if precompile.is_walk(arguments):
+            kernel.warmup(*arguments, grid=(programs,), **options)
+        else:
+            kernel[(programs,)](*arguments, **options)
+
+    return launched
 
 
 class Launcher:
@@ -28,6 +42,9 @@ class Launcher:
         **options: Any,
     ) -> None:  # fmt: skip
         """Launch so many programs; `constants` in the order of the kernel's last parameters."""
+        if precompile.is_walk(arguments):
+            launch(self._kernel, programs)(*arguments, *constants, **options)
+            return
         key = kinds, constants
         compiled = self._compiled.get(key)
         if compiled is None:  # as is always so in the interpreter, which compiles nothing

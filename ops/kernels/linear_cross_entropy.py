@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from q3n_functional.ops.kernels.launch import launch
 from q3n_functional.ops.linear_cross_entropy import IGNORE, chunks
 from q3n_functional.ops.registration import UnsupportedError
 
@@ -124,7 +125,7 @@ def softmax(
     parts = triton.cdiv(vocabulary, block)
     told = torch.empty(2, num, parts, dtype=torch.float32, device=logits.device)
     arrived = torch.zeros(num + 1, dtype=torch.int32, device=logits.device)
-    _row_kernel[(num * parts,)](
+    launch(_row_kernel, num * parts)(
         logits, targets, partitions, picked, logits if dlogits is None else dlogits, coef, *told, arrived,
         V=vocabulary, BV=block, PARTS=parts, STRIDE=vocabulary if dlogits is None else dlogits.shape[1], IGNORE=IGNORE,
         GRADIENT=dlogits is not None, num_warps=WARPS, maxnreg=REGISTERS,
@@ -166,5 +167,5 @@ def backward(dtotal: Tensor, dh: Tensor, dhead: Tensor, h: Tensor, head: Tensor)
 def _scaled(x: Tensor, factor: Tensor) -> Tensor:
     out = torch.empty_like(x)
     if x.numel():
-        _scale_kernel[(triton.cdiv(x.numel(), 4096),)](x, factor, out, x.numel(), BLOCK=4096, num_warps=8)
+        launch(_scale_kernel, triton.cdiv(x.numel(), 4096))(x, factor, out, x.numel(), BLOCK=4096, num_warps=8)
     return out

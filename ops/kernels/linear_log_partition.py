@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from q3n_functional.ops.kernels.launch import launch
 from q3n_functional.ops.kernels.linear_cross_entropy import check_dtype, product, softmax, summed
 from q3n_functional.ops.linear_cross_entropy import IGNORE, chunks
 from q3n_functional.ops.linear_log_partition import OTHER
@@ -61,7 +62,7 @@ def backward(
     block = min(BLOCK, triton.next_power_of_2(vocabulary))
     for rows in parts:
         dlogits = torch.empty(logits[rows].shape, dtype=h.dtype, device=h.device)
-        _gradient_kernel[(len(dlogits) * triton.cdiv(vocabulary, block),)](
+        launch(_gradient_kernel, len(dlogits) * triton.cdiv(vocabulary, block))(
             *(x[rows] for x in each), logits[rows], targets[rows], dlogits, V=vocabulary, BV=block, IGNORE=IGNORE,
             num_warps=8,
         )  # fmt: skip

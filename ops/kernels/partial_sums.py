@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from q3n_functional.ops.kernels.launch import launch
+
 
 @triton.jit(do_not_specialize=["num_partials"])
 def _sum_kernel(
@@ -28,5 +30,5 @@ def sum_partials(partials_PWC: Tensor, dtype: torch.dtype) -> Tensor:
     num, W, C = partials_PWC.shape
     out = torch.empty(C, W, dtype=dtype, device=partials_PWC.device)
     if out.numel():
-        _sum_kernel[(triton.cdiv(C * W, 32),)](partials_PWC, out, num, C=C, W=W, ROWS=128, COLS=32, num_warps=8)
+        launch(_sum_kernel, triton.cdiv(C * W, 32))(partials_PWC, out, num, C=C, W=W, ROWS=128, COLS=32, num_warps=8)
     return out

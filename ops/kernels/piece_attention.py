@@ -20,6 +20,7 @@ from torch import Tensor
 
 from q3n_functional.ops.kernels import attention
 from q3n_functional.ops.kernels.attention import cudnn_backward, cudnn_forward, cudnn_serves
+from q3n_functional.ops.kernels.launch import launch
 from q3n_functional.ops.piece_attention import backward_by_offsets, forward_by_offsets, own
 
 ROWS = 16
@@ -45,7 +46,7 @@ def _merge_kernel(o, lse, o_block, lse_block, applies, size, K: tl.constexpr, BK
 
 def _merge(o: Tensor, lse: Tensor, block: tuple[Tensor, Tensor], applies: Tensor) -> None:
     size, dim = lse.numel(), o.shape[3]
-    _merge_kernel[(triton.cdiv(size, ROWS),)](
+    launch(_merge_kernel, triton.cdiv(size, ROWS))(
         o, lse, *block, applies, size, K=dim, BK=triton.next_power_of_2(dim), ROWS=ROWS
     )
 

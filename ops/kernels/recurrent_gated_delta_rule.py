@@ -14,6 +14,7 @@ from q3n_functional.ops.kernels.gated_delta_rule import (
     _step_size,
     check_heads,
 )
+from q3n_functional.ops.kernels.launch import launch
 
 
 @triton.jit(do_not_specialize=["num_sequences", "T", "total"])
@@ -89,7 +90,7 @@ def recurrent_forward(
     BV = min(_power_of_2(V), 4096 // BK)  # 128 numbers a thread: the state of one warp stays in registers
     programs = (sequences + (cu is not None)) * heads * _cdiv(V, BV)
     if programs:
-        _recurrent_kernel[(programs,)](
+        launch(_recurrent_kernel, programs)(
             q, k, v, g, beta, A_log, dt_bias, state, final, o, cu, sequences, length, batch * length, scale, beta_scale,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *g.stride(), *beta.stride(),
             HK=key_heads, HV=heads, K=K, V=V, BK=BK, BV=BV, DOCUMENTS=cu is not None, INITIAL=state is not None,

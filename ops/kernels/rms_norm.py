@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from q3n_functional.ops.kernels.launch import launch
 from q3n_functional.ops.kernels.partial_sums import sum_partials
 from q3n_functional.ops.kernels.rows import as_rows
 from q3n_functional.ops.registration import UnsupportedError
@@ -78,7 +79,7 @@ def backward(
     flat = [as_rows(t) for t in (dy, x if dresidual is None else dresidual, x)]
     programs, block = min(config.programs, len(flat[0])), triton.next_power_of_2(width)
     partials = torch.empty(programs, 1, width, dtype=torch.float32, device=x.device)
-    _backward_kernel[(programs,)](
+    launch(_backward_kernel, programs)(
         *flat, weight.contiguous(), dx, partials, len(flat[0]), programs, eps, *(t.stride(0) for t in flat),
         D=width, BD=block, RESIDUAL=dresidual is not None, num_warps=max(1, min(16, block // config.entries)),
     )  # fmt: skip

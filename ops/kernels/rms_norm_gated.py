@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from q3n_functional.ops.kernels.launch import launch
 from q3n_functional.ops.kernels.partial_sums import sum_partials
 from q3n_functional.ops.kernels.sigmoid import sigmoid
 from q3n_functional.ops.registration import UnsupportedError
@@ -147,7 +148,7 @@ def forward(x: Tensor, gate: Tensor, weight: Tensor, eps: float, config: Config 
     if y.numel():
         rows = _rows(x, gate)
         constants = _constants(x, rows, config)
-        _forward_kernel[(triton.cdiv(rows.num_rows, constants["ROWS"]),)](
+        launch(_forward_kernel, triton.cdiv(rows.num_rows, constants["ROWS"]))(
             *rows.tensors, weight.contiguous(), y, rows.num_rows, rows.num_inner, eps, *rows.strides, **constants
         )
     return y
@@ -166,7 +167,7 @@ def backward(
     constants = _constants(x, rows, config)
     programs = min(config.programs, triton.cdiv(rows.num_rows, constants["ROWS"]))
     partials = torch.empty(programs, 1, x.shape[-1], dtype=torch.float32, device=x.device)
-    _backward_kernel[(programs,)](
+    launch(_backward_kernel, programs)(
         *rows.tensors, weight.contiguous(), dx, dgate, partials, rows.num_rows, rows.num_inner, programs, eps,
         *rows.strides, **constants,
     )  # fmt: skip

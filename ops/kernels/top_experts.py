@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from q3n_functional.ops.kernels.launch import launch
 from q3n_functional.ops.registration import UnsupportedError
 
 MAX_EXPERTS = 2048  # 64 registers a thread
@@ -77,7 +78,7 @@ def _check(probabilities: Tensor) -> None:
 def _launch(kernel, num_rows: int, num_experts: int, num: int, *args) -> None:
     block = triton.next_power_of_2(num_experts)
     rows = max(1, ENTRIES // block)
-    kernel[(triton.cdiv(num_rows, rows),)](*args, J=num, E=num_experts, BE=block, ROWS=rows, num_warps=1)
+    launch(kernel, triton.cdiv(num_rows, rows))(*args, J=num, E=num_experts, BE=block, ROWS=rows, num_warps=1)
 
 
 def forward(probabilities: Tensor, num: int) -> tuple[Tensor, Tensor]:
