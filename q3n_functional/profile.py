@@ -187,13 +187,15 @@ def milliseconds(events: list[Any], config: Config) -> dict[str, float]:
 def _sizes(config: Config) -> dict[frozenset[int], dict[str, float]]:
     """Regions by the two sizes of the matrix of a product, with each one's share of such products."""
     counts, met = dict[frozenset[int], Counter[str]](), flops.products(config)
-    for name, (region, rows, columns) in met.items():
+    for name, (region, _, columns) in met.items():
         layer, _, leaf = name.rpartition(".")
-        linear = f"{layer}.z" in met and leaf in ("q", "k", "v")
-        if region in ("experts", "router", "loss") or (linear and leaf != "q"):
+        # One product are q, k and v of linear attention, its a and b, gate and up of a SwiGLU.
+        linear, feed_forward = f"{layer}.z" in met, f"{layer}.up" in met
+        joined = ["qkv", "ba"] if linear else [("gate", "up")] if feed_forward else []
+        parts = next((together for together in joined if leaf in together), (leaf,))
+        if region in ("experts", "router", "loss") or leaf != parts[0]:
             continue
-        # q, k and v of linear attention are one product.
-        together = sum(met[f"{layer}.{part}"][1] for part in "qkv") if linear else rows
+        together = sum(met[f"{layer}.{part}"][1] for part in parts)
         counts.setdefault(frozenset((together, columns)), Counter())[region] += 1
     return {size: {r: n / sum(c.values()) for r, n in c.items()} for size, c in counts.items()}
 

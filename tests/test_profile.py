@@ -61,9 +61,10 @@ def test_products_are_known_by_their_matrix():
     # 8192 x 2048 are q, k and v of linear attention together; forward, and the two products of its gradient.
     for shapes in (([64, 2048], [2048, 8192]), ([64, 8192], [8192, 2048]), ([8192, 64], [64, 2048])):
         assert ms(event("aten::mm", shapes=shapes)) == {"projections": 1.0}
-    # 512 x 2048 are keys and values of 13 attention layers, and three matrices of 49 shared experts.
-    found = ms(event("aten::mm", shapes=([64, 2048], [2048, 512])))
-    assert found == {"projections": 26 / 173, "shared expert": 147 / 173}
+    # 512 x 2048 are keys and values of 13 attention layers, and a matrix of 49 shared experts, whose others are one.
+    found = ms(event("aten::mm", shapes=([48, 2048], [2048, 512])))
+    assert found == {"projections": 26 / 75, "shared expert": 49 / 75}
+    assert ms(event("aten::mm", shapes=([48, 2048], [2048, 1024]))) == {"shared expert": 1.0}
 
 
 def test_kernels_count_where_there_are_any():
