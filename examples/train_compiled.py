@@ -29,8 +29,9 @@ weights = tree_map(lambda p: p.detach().requires_grad_(), tree)
 groups = optim.groups(config, optimizer)
 state = optim.init(masters, groups)
 
-# Two graphs: the gradient is taken outside the first, so that its partitioner can recompute instead of storing.
-loss = torch.compile(partial(model.loss, config=config), fullgraph=True)
+# Two graphs: the gradient is taken outside the first, so that its partitioner can recompute instead of storing. The
+# backend is Inductor, which meanwhile has the kernels of the ops compiled as well.
+loss = torch.compile(partial(model.loss, config=config), fullgraph=True, backend=compiled.inductor)
 update = partial(optim.update_, groups=groups, optimizer=optimizer, moves=compiled.moves())
 
 for step in range(steps):
