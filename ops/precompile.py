@@ -67,8 +67,8 @@ def kernels(device: torch.device) -> Iterator[None]:
             _walks.reset(token)
 
 
-def is_wanted(name: str, arguments: Sequence[Any]) -> bool:
-    """Whether the kernels of an op traced with these are still to be compiled: never where a size may be any."""
+def begin_walk(name: str, arguments: Sequence[Any]) -> bool:
+    """Whether the kernels of an op traced with these are to be compiled: the first time, if no size may be any."""
     walks = _walks.get()
     if walks is None or any(isinstance(x, Tensor) and x.device.type != walks.device for x in arguments):
         return False

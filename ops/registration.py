@@ -138,7 +138,7 @@ def _run(name: str, reference: Callable[..., Outputs], kernel: str | None, *args
 
 def _fake(name: str, fake: Callable[..., Outputs], kernel: str | None, *args: Any) -> Outputs:
     *arguments, impl = args
-    if kernel and impl != "reference" and precompile.is_wanted(name, arguments):
+    if kernel and impl != "reference" and precompile.begin_walk(name, arguments):
         try:
             precompile.walk(_load(kernel), arguments)
         except UnsupportedError:

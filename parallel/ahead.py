@@ -153,7 +153,9 @@ class _Flight:
         self.go_on()
         shards, places, _ = self.parts[number]
         own = [
-            _memory_like(shard) if self.is_cut(where) or self.copied(where) else gradient
+            torch.empty_like(shard, memory_format=torch.contiguous_format)
+            if self.is_cut(where) or self.copied(where)
+            else gradient
             for shard, where, gradient in zip(shards, places, gradients, strict=True)
         ]
         self.going.append(self.summed(number, gradients, own))
@@ -228,10 +230,6 @@ def _apply(function: Any, *arguments: Any) -> tuple[Tensor, ...]:
 
 def _memory(x: Tensor) -> tuple[int, torch.dtype]:
     return x.untyped_storage()._cdata, x.dtype
-
-
-def _memory_like(shard: Tensor) -> Tensor:
-    return torch.empty_like(shard, memory_format=torch.contiguous_format)
 
 
 def _add_up(pieces: Tensor, out: Tensor) -> None:

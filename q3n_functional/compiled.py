@@ -28,7 +28,7 @@ Mode = Literal["none", "layers", "model"]
 def inductor(graph: Any, inputs: Sequence[Any]) -> Any:
     """torch.compile's own backend, which meanwhile compiles the Triton kernels of the ops of this package.
 
-    A graph that is called runs sooner then by half a minute, where nothing is in Triton's cache.
+    By the string "inductor" they are compiled when the graph first runs, one after the other.
     """
     from torch._inductor.compile_fx import compile_fx
 

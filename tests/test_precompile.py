@@ -10,6 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from q3n_functional.ops import precompile, registration, rms_norm_gated
 
+pytest.importorskip("triton")
+
 CPU = torch.device("cpu")
 
 
@@ -94,7 +96,6 @@ class Kernel:
 
 
 def test_a_launch_on_a_walk_compiles_and_does_not_run():
-    pytest.importorskip("triton")
     from q3n_functional.ops.kernels.launch import Launcher, launch
 
     kernel, x, seen = Kernel(), torch.ones(2), []
