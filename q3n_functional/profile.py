@@ -172,14 +172,14 @@ def _memory(run: Callable[[], None], device: torch.device, path: Path) -> None:
     torch.cuda.memory._record_memory_history(enabled=None)
 
 
-def milliseconds(events: list[Any], config: Config) -> dict[str, float]:
-    """Device time of a step in every region, from the profiler's events of `STEPS` steps."""
+def milliseconds(events: list[Any], config: Config, tokens: int) -> dict[str, float]:
+    """Device time of a step in every region, from the profiler's events of `STEPS` steps of batches of `tokens`."""
     sizes, found = _sizes(config), Counter[str]()
     on_cuda = any(event.kernels for event in events)
     for event in events:
         micros = sum(kernel.duration for kernel in event.kernels) if on_cuda else event.self_cpu_time_total
         names = [event.name, *(kernel.name for kernel in event.kernels)]
-        for region, share in _regions(event, names, sizes) if micros else ():
+        for region, share in _regions(event, names, sizes, tokens) if micros else ():
             found[region] += micros * share / 1e3 / STEPS
     return dict(found)
 
@@ -201,7 +201,7 @@ def _sizes(config: Config) -> dict[frozenset[int], dict[str, float]]:
 
 
 def _regions(
-    event: Any, names: list[str], sizes: Mapping[frozenset[int], Mapping[str, float]]
+    event: Any, names: list[str], sizes: Mapping[frozenset[int], Mapping[str, float]], tokens: int
 ) -> Iterator[tuple[str, float]]:
     ancestors = list(_ancestors(event))
     if any(OPTIMIZER in above.name for above in ancestors):
@@ -212,7 +212,7 @@ def _regions(
         return
     for above in ancestors:
         if above.name.startswith(("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_mm")):
-            yield from _product(above, sizes).items()
+            yield from _product(above, sizes, tokens).items()
             return
     kernel = "" if len(names) == 1 and not names[0].startswith(("aten::", "graph_", "triton_")) else " ".join(names)
     yield _named(kernel) or ("elementwise" if kernel else "host"), 1.0
@@ -228,8 +228,10 @@ def _named(text: str) -> str | None:
     return next((region for part, region in OPERATORS.items() if part in text.lower()), None)
 
 
-def _product(event: Any, sizes: Mapping[frozenset[int], Mapping[str, float]]) -> Mapping[str, float]:
+def _product(event: Any, sizes: Mapping[frozenset[int], Mapping[str, float]], tokens: int) -> Mapping[str, float]:
     dims = {d for shape in event.input_shapes for d in shape}
+    if len(dims) > 2:  # their number may be a matrix's size as well
+        dims.discard(tokens)
     fitting = [shares for size, shares in sizes.items() if size <= dims]
     return fitting[0] if len(fitting) == 1 else _together(fitting) or {"projections": 1.0}
 
@@ -249,7 +251,7 @@ def table(config: TrainConfig, events: list[Any], seconds: float, limits: Ceilin
     moments = 2 if config.optimizer.state_dtype == "bfloat16" else 4
     wide_sums = narrow and config.accumulate == 1
     costs["optimizer"] = flops.optimizer_cost(config.model, 2 if wide_sums else 4, moments)
-    found = milliseconds(events, config.model)
+    found = milliseconds(events, config.model, tokens // config.accumulate)
     rows = []
     for region, ms in sorted(found.items(), key=lambda item: -item[1]):
         cost = costs.get(region, flops.Cost(0.0, 0.0))

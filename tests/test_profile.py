@@ -42,8 +42,8 @@ def event(name, parent=None, micros=1000.0, shapes=(), kernels=()):
     )  # fmt: skip
 
 
-def ms(*events):
-    found = profile.milliseconds(list(events), PRESETS["qwen3_next_80b_a3b"]())
+def ms(*events, tokens=64):
+    found = profile.milliseconds(list(events), PRESETS["qwen3_next_80b_a3b"](), tokens)
     return {region: pytest.approx(value * profile.STEPS) for region, value in found.items()}
 
 
@@ -65,6 +65,12 @@ def test_products_are_known_by_their_matrix():
     found = ms(event("aten::mm", shapes=([48, 2048], [2048, 512])))
     assert found == {"projections": 26 / 75, "shared expert": 49 / 75}
     assert ms(event("aten::mm", shapes=([48, 2048], [2048, 1024]))) == {"shared expert": 1.0}
+
+
+def test_as_many_tokens_as_a_matrix_has_rows():
+    joined = event("aten::mm", shapes=([8192, 2048], [2048, 1024]))
+    assert ms(joined, tokens=8192) == {"shared expert": 1.0}
+    assert ms(event("aten::mm", shapes=([8192, 2048], [2048, 8192])), tokens=8192) == {"projections": 1.0}
 
 
 def test_kernels_count_where_there_are_any():
