@@ -243,7 +243,9 @@ def _eager(op: OpOverload, context: Callable[..., None], gradients: Callable[...
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
-            output = op(*args)
+            # What is registered for autograd is Python, and would do no more than call on.
+            with torch._C._AutoDispatchBelowAutograd():
+                output = op(*args)
             context(ctx, args, output)
             return output
 
