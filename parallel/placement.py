@@ -44,7 +44,7 @@ GROUPS = {
 """The groups of ranks that something is exchanged in, by the axes of the mesh that they span.
 
 In ep_copies gradients of parameters that ep ranks have alike are summed, which takes a while: the exchanges of tokens
-in ep, for which everything waits, would queue behind them in one group.
+in ep, for which everything waits, would queue behind them in one group. On cards ep's stream goes before all others.
 """
 
 T = TypeVar("T")
@@ -81,11 +81,15 @@ def connect(mesh: Mesh, layouts: Parameters, device: torch.device, timeout: time
     where the mesh does not have as many ranks as there are.
     """
     check_size(mesh, dist.get_world_size())
-    axes: dict[str, Any] = {name: _axis(mesh, spanned, device, timeout) for name, spanned in GROUPS.items()}
+    axes: dict[str, Any] = {
+        name: _axis(mesh, spanned, device, timeout, urgent=name == "ep") for name, spanned in GROUPS.items()
+    }
     return Parallel(mesh, layouts, **axes)
 
 
-def _axis(mesh: Mesh, axes: tuple[str, ...], device: torch.device, timeout: timedelta | None) -> Axis:
+def _axis(
+    mesh: Mesh, axes: tuple[str, ...], device: torch.device, timeout: timedelta | None, urgent: bool = False
+) -> Axis:
     """The group that spans `axes`. Each rank makes all groups, as torch.distributed wants."""
     ranks = torch.arange(mesh.size).view([mesh.degree(axis) for axis in AXES])
     inside = [AXES.index(axis) for axis in axes]
@@ -95,8 +99,17 @@ def _axis(mesh: Mesh, axes: tuple[str, ...], device: torch.device, timeout: time
     place = torch.tensor([mine.index(dist.get_rank())], device=device)
     if len(mine) == 1:
         return Axis(1, "", place)
-    group, _ = dist.new_subgroups_by_enumeration(lists, timeout)
+    options = _urgent(timeout) if urgent and device.type == "cuda" else None
+    group, _ = dist.new_subgroups_by_enumeration(lists, timeout, pg_options=options)
     return Axis(len(mine), group.group_name, place)
+
+
+def _urgent(timeout: timedelta | None) -> Any:
+    """Options of a group whose kernels go before what else waits for the card."""
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    if timeout is not None:
+        options._timeout = timeout  # torch warns where it is another than the group's
+    return options
 
 
 def _outer(mesh: Mesh, outside: list[int]) -> int:
