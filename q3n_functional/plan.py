@@ -3,14 +3,15 @@
 The step's own functions run on fake tensors as rank 0 of a fake process group, all layers, compiled as in training down
 to the graphs that Inductor would be given. What is counted is what ran; nothing is known here about the model. Assumed:
 every expert is chosen equally often, a compiler fuses neighbouring pointwise operators and reductions, an operator
-takes the longer of its arithmetic and its memory traffic, and collectives overlap with nothing, as in the program
-without `overlap`.
+takes the longer of its arithmetic and its memory traffic, and a collective runs beside what the program does until it
+waits for it (nothing, without `overlap`; in one graph of everything not even with it), slowing it by nothing.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -43,8 +44,9 @@ class Plan(NamedTuple):
     """A step of one rank on a mesh of cards.
 
     memory: float [kinds, kernels], bytes of each of `KINDS` at the fullest moment of every kernel. seconds: float
-    [kernels], and bounds, what they are spent on. links: how the ranks of each axis of `placement.GROUPS` are
-    connected; a kernel's `group` is its axis.
+    [kernels], which add up to the step's, and bounds, what they are spent on. lasting: float [kernels], the same but
+    for collectives, of whose time `seconds` has what the step waits for. links: how the ranks of each axis of
+    `placement.GROUPS` are connected; a kernel's `group` is its axis.
     """
 
     config: TrainConfig
@@ -53,6 +55,7 @@ class Plan(NamedTuple):
     memory: NDArray[np.float64]
     seconds: NDArray[np.float64]
     bounds: tuple[str, ...]
+    lasting: NDArray[np.float64]
     links: dict[str, Link]
 
     @property
@@ -109,7 +112,8 @@ def run(
     model = config.model
     groups = optim.groups(model, config.optimizer)
     state = optim.init(named_leaves(masters), groups, getattr(torch, config.optimizer.state_dtype))
-    inner = compiled.compiled(step.make_loss(config, model, parallel), config.compile, backend=backend)
+    ahead = config.overlap and config.compile != "model", config.reshard_after_forward
+    inner = compiled.compiled(step.make_loss(config, model, parallel), config.compile, *ahead, backend=backend)
 
     def loss(*arguments: Any) -> Any:
         result = inner(*arguments)
@@ -167,4 +171,25 @@ def _estimate(config: TrainConfig, card: Card, tracker: Tracker, parallel: Paral
     ends = np.array([kernel.op for kernel in found])
     starts = np.concatenate([[0], ends[:-1] + 1])
     fullest = [a + int(living[:, a : b + 1].sum(0).argmax()) for a, b in zip(starts, ends, strict=True)]
-    return Plan(config, card, found, living[:, fullest], np.array(times), bounds, links)
+    lasting = np.array(times)
+    return Plan(
+        config, card, found, living[:, fullest], waited(found, lasting, tracker.waits), bounds, lasting, links
+    )
+
+
+def waited(kernels: list[Kernel], lasting: NDArray[np.float64], waits: list[tuple[int, int]]) -> NDArray[np.float64]:
+    """What each kernel adds to the step: a collective, which runs behind the others of its axis, what is waited for."""
+    number = {kernel.op: i for i, kernel in enumerate(kernels)}
+    added, ends = np.where([bool(kernel.group) for kernel in kernels], 0.0, lasting), np.zeros(len(kernels))
+    pending, idle, now = deque(waits), dict.fromkeys(GROUPS, 0.0), 0.0
+    for i, kernel in enumerate([*kernels, None]):
+        while pending and (kernel is None or pending[0][0] <= kernel.op):
+            other = number[pending.popleft()[1]]
+            late = max(ends[other] - now, 0.0)
+            added[other] += late
+            now += late
+        if kernel is not None and kernel.group:
+            ends[i] = idle[kernel.group] = max(idle[kernel.group], now) + lasting[i]
+        elif kernel is not None:
+            now += lasting[i]
+    return added

@@ -219,7 +219,7 @@ def link(mesh: Mesh, axes: tuple[str, ...], card: Card) -> Link:
 
 def sent(kernel: Kernel, group: Link) -> float:
     """Bytes that each rank sends for a collective, in rings."""
-    rounds = 2 if kernel.name == "all_reduce" else 1
+    rounds = 2 if kernel.name.startswith("all_reduce") else 1
     return rounds * kernel.size * (group.size - 1) / group.size
 
 

@@ -53,9 +53,9 @@ def parts(plan: Plan) -> dict[str, float]:
 
 
 def traffic(plan: Plan) -> dict[tuple[str, str], Traffic]:
-    """Collectives by axis and kind."""
+    """Collectives by axis and kind, as long as they take by themselves."""
     found: dict[tuple[str, str], Traffic] = {}
-    for kernel, seconds in zip(plan.kernels, plan.seconds.tolist(), strict=True):
+    for kernel, seconds in zip(plan.kernels, plan.lasting.tolist(), strict=True):
         if kernel.group:
             key = kernel.group, kernel.name
             count, size, took = found.get(key, Traffic(0, 0.0, 0.0))

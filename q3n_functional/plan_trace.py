@@ -31,12 +31,16 @@ FUSED = "fused"
 
 @dataclass(eq=False)
 class Block:
-    """A storage: its bytes, what for, and the operators before which it came and went (None where it stayed)."""
+    """A storage: its bytes, what for, and the operators before which it came and went (None where it stayed).
+
+    exchange: the collective that wrote it last.
+    """
 
     bytes: int
     kind: str
     born: int
     died: int | None = None
+    exchange: int | None = None
 
 
 class Op(NamedTuple):
@@ -84,7 +88,7 @@ FAKES: dict[Any, Any] = {
 
 
 class Tracker(TorchDispatchMode):
-    """Notes what runs inside it, in `ops` and `blocks`.
+    """Notes what runs inside it, in `ops` and `blocks`, and in `waits` before which operators it waits for which.
 
     answers: what the program reads from the device, in order; needed where tensors are fake.
     """
@@ -93,6 +97,7 @@ class Tracker(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.ops: list[Op] = []
         self.blocks: list[Block] = []
+        self.waits: list[tuple[int, int]] = []
         self.phase = "forward"
         self._answers = answers
         self._open = True
@@ -124,6 +129,8 @@ class Tracker(TorchDispatchMode):
             out = FAKES[func](self._answers, *args)
         else:
             out = func(*args, **(kwargs or {}))
+        if func is torch.ops._c10d_functional.wait_tensor.default:
+            self._wait(args[0])
         self._note(func, args, kwargs or {}, out)
         return out
 
@@ -131,6 +138,11 @@ class Tracker(TorchDispatchMode):
         """What is there now has stayed, whatever becomes of it."""
         self._open = False
         super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def _wait(self, x: Tensor) -> None:
+        exchange = self._block(x).exchange
+        if exchange is not None:
+            self.waits.append((len(self.ops), exchange))
 
     def _note(self, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         inputs, outputs = _tensors((args, kwargs)), _tensors(out)
@@ -144,7 +156,10 @@ class Tracker(TorchDispatchMode):
             return
         wide = any(x.dtype in (torch.float32, torch.float64) for x in inputs)
         costs = plan_cost.count(op, args, kwargs, out), wide, plan_cost.is_fused(op)
-        rest = plan_cost.workspace(op, args), *_collective(op, args, outputs)
+        group, size = _collective(op, args, outputs)
+        for block, _ in written if group else ():
+            block.exchange = len(self.ops)
+        rest = plan_cost.workspace(op, args), group, size
         self.ops.append(Op(plan_cost.name(op), self.phase, plan_cost.is_ours(op), *costs, read, written, *rest))
 
     def _block(self, x: Tensor, num_bytes: int | None = None) -> Block:
@@ -183,7 +198,7 @@ def _collective(op: OpOverload, args: tuple[Any, ...], outputs: list[Tensor]) ->
     if op.namespace != "_c10d_functional" or not outputs:
         return "", 0
     group = next(arg for arg in reversed(args) if isinstance(arg, str))
-    return group, max(_num_bytes(x) for x in (args[0], outputs[0]))
+    return group, max(sum(map(_num_bytes, tensors)) for tensors in (_tensors(args), outputs))
 
 
 def kernels(tracker: Tracker) -> list[Kernel]:

@@ -51,7 +51,7 @@ def measured(config: TrainConfig) -> tuple[dict[str, int], float]:
     return dict(names), float(memory(tracker).sum(0).max())
 
 
-def launch(cases: Sequence[tuple[str, str]]) -> list[tuple[dict[str, int], float]]:
+def launch(cases: Sequence[tuple[str, str, dict[str, Any]]]) -> list[tuple[dict[str, int], float]]:
     """What rank 0 of two measured, case by case."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "tests.plan_ranks", folder, json.dumps(cases)]
@@ -72,7 +72,7 @@ def launch(cases: Sequence[tuple[str, str]]) -> list[tuple[dict[str, int], float
 
 def _main(folder: str, cases: str, rank: str) -> None:
     dist.init_process_group("gloo", f"file://{folder}/store", timedelta(seconds=300), 2, int(rank))
-    found = [measured(settings(*case)) for case in json.loads(cases)]
+    found = [measured(settings(*case, **changes)) for *case, changes in json.loads(cases)]
     if rank == "0":
         (Path(folder) / "found.json").write_text(json.dumps(found))
     dist.barrier()

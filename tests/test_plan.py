@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from q3n_functional.ops import gated_delta_rule, grouped_swiglu
 from q3n_functional.parallel import placement
 from q3n_functional.parallel.mesh import Mesh, parse
 from q3n_functional.parallel.rules import named_layouts
-from q3n_functional.plan import BACKEND, plan, run
+from q3n_functional.plan import BACKEND, plan, run, waited
 from q3n_functional.plan_cards import (
     CARDS,
     COPY,
@@ -123,13 +124,20 @@ def test_a_card_keeps_the_inverse_of_the_delta_rule_in_16_bits():
     assert (o, state, gates, inverse) == (v.nbytes, 4 * 16 * 32 * 4, 4 * 4 * 7 * 64 * 4, 4 * 4 * 64 * 64 * 2)
 
 
-CASES = [("dp=2", "selective"), ("tp=2", "none"), ("cp=2", "none"), ("ep=2", "selective")]
+AHEAD = {"overlap": True}
+KEPT = {**AHEAD, "reshard_after_forward": False}
+CASES = [
+    ("dp=2", "selective", {}), ("tp=2", "none", {}), ("cp=2", "none", {}), ("ep=2", "selective", {}),
+    ("dp=2", "none", AHEAD), ("dp=2", "none", KEPT), ("ep=2", "none", AHEAD),
+]  # fmt: skip
 
 
 def test_collectives_and_memory_are_those_of_real_ranks():
     for case, (counts, peak) in zip(CASES, plan_ranks.launch(CASES), strict=True):
-        planned = plan(settings(*case), H100)
-        assert counts == dict(Counter(kernel.name for kernel in planned.kernels if kernel.group)), case
+        planned = plan(settings(*case[:2], **case[2]), H100)
+        names = (kernel.name for kernel in planned.kernels if kernel.group)
+        # CommDebugMode does not count those in place.
+        assert counts == Counter(name for name in names if name != "all_reduce_coalesced_"), case
         # Real routers send some ranks a little more than others.
         assert planned.peak == pytest.approx(peak, rel=0.03 if "ep" in case[0] else 0.001), case
 
@@ -168,6 +176,27 @@ def kernel(**changes):
     return Kernel(
         **{"name": "mm", "phase": "", "ours": False, "op": 0, "flops": 0.0, "wide": False, "bytes": 0, **changes}
     )
+
+
+def test_what_a_step_waits_for():
+    product, exchange = kernel(), kernel(name="all_reduce", group="tp")
+    found = [k._replace(op=n) for n, k in enumerate([exchange, product, exchange, product, product, exchange])]
+    lasting = np.array([5.0, 2.0, 4.0, 3.0, 1.0, 6.0])
+    at_once = [(1, 0), (3, 2), (6, 5)]
+    assert waited(found, lasting, at_once).tolist() == lasting.tolist()
+    # The first is under way for 2 before it is waited for, the second begins behind it, and nobody waits for the last.
+    assert waited(found, lasting, [(2, 0), (4, 2)]).tolist() == [3, 2, 1, 3, 1, 0]
+    assert waited(found, lasting, [(6, 0), (6, 2), (6, 5)]).tolist() == [0, 2, 3, 3, 1, 6]
+    other = [found[0], found[1], found[2]._replace(group="ep"), *found[3:]]
+    assert waited(other, lasting, [(4, 0), (4, 2)]).tolist() == [0, 2, 1, 3, 1, 0]
+
+
+def test_overlap_hides_exchanges():
+    plain, ahead = (plan(settings("dp=2", dtype="bfloat16", **more), H100) for more in ({}, AHEAD))
+    np.testing.assert_allclose(plain.seconds, plain.lasting)
+    exchanged = [bool(k.group) for k in ahead.kernels]
+    assert ahead.seconds[exchanged].sum() < ahead.lasting[exchanged].sum()
+    assert (ahead.seconds <= ahead.lasting * (1 + 1e-6)).all()
 
 
 def test_time_of_a_kernel():

@@ -6,15 +6,14 @@ Prints a table and writes results/scaling.json. Computed in bf16 over fp32 param
 random tokens, vocabulary 151,936, no prediction module, every kind of layer compiled once. --cards 2: three linear
 layers and one of full attention, 128 experts. With dp and ep, cards also exchange one layer ahead (`ahead`, the
 `--overlap` of training; `kept`, with `--no-reshard-after-forward` besides), and steps that wait for the host are CUDA
-graphs too (`graph`, with dp ahead and kept). Cases: fsdp 2
-and ep 2, twice the rows on twice the cards; tp 2 with sequence parallelism and cp 2 on a row of 128k tokens (layers
-recomputed), the same batch on twice the cards. --cards 8: twelve layers, 64 experts where one card has to hold them,
-512 where eight do. Metrics: step_ms, the median of forward, backward and update, of the slowest rank; tokens_per_s of
+graphs too (`graph`, with dp ahead and kept). Cases: fsdp 2 and ep 2, twice the rows on twice the cards; tp 2 with
+sequence parallelism and cp 2 on a row of 128k tokens (layers recomputed), the same batch on twice the cards. --cards 8:
+twelve layers, 64 experts where one card has to hold them, 512 where eight do. Metrics: step_ms, the median of forward, backward and update, of the slowest rank; tokens_per_s of
 all cards; peak_gib of the fullest card; efficiency, tokens a second over cards times those of one card, in a graph
 where they are. Each measurement is a launch of torchrun. Ranks draw equal shards, as values do not matter here.
 
---plan measures nothing, needs no card and writes what `q3n plan` expects of the same steps to scaling_plan_N.json, for
-N cards. --tiny is for a machine without cards: small sizes, gloo, eager, once, to see it run.
+--plan measures nothing, needs no card and writes what `q3n plan` expects of the same steps on H100s, graphs aside, to
+scaling_plan_N.json, for N cards. --tiny is for a machine without cards: small sizes, gloo, eager, once, to see it run.
 """
 
 import argparse
@@ -66,8 +65,8 @@ CASES = {
     "cp 8 1x1048576": Case("cp=8", 1, 1048576, 0, "full", 12, 64),
     "ep 8 16x4096, 512 experts": Case("ep=8", 16, 4096, 0, "selective", 12, 512),
 }
-ONE, ALL, AHEAD, PLAN = "q3n one card", "q3n all cards", "q3n all cards, ahead", "q3n plan"
-KEPT = "q3n all cards, kept"
+ONE, ALL, AHEAD, KEPT = "q3n one card", "q3n all cards", "q3n all cards, ahead", "q3n all cards, kept"
+PLANS = {ALL: "q3n plan", AHEAD: "q3n plan, ahead", KEPT: "q3n plan, kept"}
 ONE_GRAPH, GRAPH = "q3n one card, graph", "q3n all cards, graph"
 UNITS = {"step_ms": "ms", "peak_gib": "GiB", "efficiency": "1", "first_step_s": "s"}
 ADAMW = optim.OptimizerConfig(lr=1e-4)
@@ -181,19 +180,20 @@ def launched(name: str, implementation: str, tiny: bool) -> dict[str, float]:
     return values
 
 
-def training(case: Case, tiny: bool) -> TrainConfig:
+def training(case: Case, tiny: bool, implementation: str = ALL) -> TrainConfig:
     """The step as `q3n train` would have it."""
     return TrainConfig(
         run="", steps=1, batch_size=case.rows, seq_len=case.length // (64 if tiny else 1),
         dtype="float32" if tiny else "bfloat16", recompute=case.recompute, data=DataConfig(source=""),
         mesh=mesh.parse(case.layout), model=shape(case, tiny),
-        optimizer=dataclasses.replace(ADAMW, state_dtype="bfloat16"),
+        optimizer=dataclasses.replace(ADAMW, state_dtype="bfloat16"), overlap=implementation in (AHEAD, KEPT),
+        reshard_after_forward=implementation != KEPT,
     )  # fmt: skip
 
 
-def expected(case: Case, tiny: bool) -> dict[str, float]:
+def expected(case: Case, tiny: bool, implementation: str) -> dict[str, float]:
     """What `q3n plan` expects of the step on H100s."""
-    found = planner.plan(training(case, tiny), CARDS["h100"])
+    found = planner.plan(training(case, tiny, implementation), CARDS["h100"])
     milliseconds = float(found.seconds.sum() * 1e3)
     return {"step_ms": milliseconds, "tokens_per_s": found.tokens_per_s, "peak_gib": found.peak / 2**30}
 
@@ -250,7 +250,9 @@ def main() -> None:
         return
     rows: report.Rows = []
     for name in names:
-        rows += report.measured(name, PLAN, functools.partial(expected, CASES[name], options.tiny))
+        for kind in filter(PLANS.__contains__, kinds(CASES[name], options.tiny)):
+            run = functools.partial(expected, CASES[name], options.tiny, kind)
+            rows += report.measured(name, PLANS[kind], run)
     report.write(rows, f"scaling_plan_{options.cards}", options.commit, options.out)
 
 
