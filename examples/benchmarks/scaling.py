@@ -8,9 +8,10 @@ layers and one of full attention, 128 experts. With dp and ep, cards also exchan
 `--overlap` of training; `kept`, with `--no-reshard-after-forward` besides), and steps that wait for the host are CUDA
 graphs too (`graph`, with dp ahead and kept). Cases: fsdp 2 and ep 2, twice the rows on twice the cards; tp 2 with
 sequence parallelism and cp 2 on a row of 128k tokens (layers recomputed), the same batch on twice the cards. --cards 8:
-twelve layers, 64 experts where one card has to hold them, 512 where eight do. Metrics: step_ms, the median of forward, backward and update, of the slowest rank; tokens_per_s of
-all cards; peak_gib of the fullest card; efficiency, tokens a second over cards times those of one card, in a graph
-where they are. Each measurement is a launch of torchrun. Ranks draw equal shards, as values do not matter here.
+twelve layers, 64 experts where one card has to hold them, 512 where eight do. Metrics: step_ms, the median of forward,
+backward and update, of the slowest rank; tokens_per_s of all cards; peak_gib of the fullest card; efficiency, tokens a
+second over cards times those of one card, in a graph where they are. Each measurement is a launch of torchrun. Ranks
+draw equal shards, as values do not matter here.
 
 --plan measures nothing, needs no card and writes what `q3n plan` expects of the same steps on H100s, graphs aside, to
 scaling_plan_N.json, for N cards. --tiny is for a machine without cards: small sizes, gloo, eager, once, to see it run.
