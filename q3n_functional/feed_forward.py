@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from q3n_functional import params
+from q3n_functional import float8_experts, params
 from q3n_functional.config import Config
 from q3n_functional.float8 import Float8, projection
 from q3n_functional.ops import router_logits, top_experts
@@ -48,19 +48,29 @@ def mixture_of_experts(
     """Top-J routed experts, none of whose tokens are dropped, beside a shared expert with a scalar sigmoid gate.
 
     The router works in fp32. `valid_BT` says which tokens its statistics count. With `parallel`, the result is what the
-    rank's columns of the experts add, and the statistics are those of the rank's tokens. `float8` is for the shared
-    expert alone.
+    rank's columns of the experts add, and the statistics are those of the rank's tokens. `float8` "linears" is for the
+    shared expert alone, "linears_and_experts" for all; the latter raises ValueError with `parallel`.
     """
     x_TD = x_BTD.flatten(0, 1)
     probabilities_TE = router_logits(x_TD, p.router).softmax(-1)
     weights_TJ, experts_TJ = top_experts(probabilities_TE, config.num_experts_per_tok)
     if config.norm_topk_prob:
         weights_TJ = weights_TJ / weights_TJ.sum(-1, keepdim=True)
-    routed_TD = routed(p.experts, x_TD, experts_TJ, weights_TJ, parallel)
+    routed_TD = _routed(p.experts, x_TD, experts_TJ, weights_TJ, parallel, float8)
     gate_T = torch.mv(x_TD, p.shared_expert_gate[0])  # a sum that the compiler makes with the norm, not a product
     shared_TD = torch.sigmoid(gate_T)[:, None] * swiglu(p.shared_expert, x_TD, float8)
     statistics = _router_statistics(probabilities_TE, experts_TJ, valid_BT)
     return (routed_TD + shared_TD).view(x_BTD.shape), statistics
+
+
+def _routed(
+    p: params.SwiGLU, x_TD: Tensor, experts_TJ: Tensor, weights_TJ: Tensor, parallel: Parallel | None, float8: Float8
+) -> Tensor:
+    if float8 != "linears_and_experts":
+        return routed(p, x_TD, experts_TJ, weights_TJ, parallel)
+    if parallel is not None:
+        raise ValueError("routed experts in float8 are for one device: set float8 to none")
+    return float8_experts.experts(x_TD, experts_TJ, weights_TJ, *p)
 
 
 def _counts(experts_TJ: Tensor, num_experts: int, valid_T: Tensor | None) -> Tensor:

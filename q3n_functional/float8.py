@@ -22,12 +22,14 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional
 
+from q3n_functional.ops.kernels.float8_grouped_mm import CAPABILITIES
 from q3n_functional.ops.registration import composite, transform_is_active
 
 logger = logging.getLogger(__name__)
 
-Float8 = Literal["none", "linears"]
-"""none: every product in the parameters' dtype; linears: those of `projection` in float8."""
+Float8 = Literal["none", "linears", "linears_and_experts"]
+"""none: every product in the parameters' dtype; linears: those of `projection` in float8; linears_and_experts: those of
+`float8_experts` too."""
 
 MULTIPLE = 16
 """What the sizes of both operands must be multiples of."""
@@ -42,8 +44,8 @@ class _Scaled(NamedTuple):
     scale: Tensor
 
 
-def check_device(device: torch.device) -> None:
-    """Raise ValueError for a CUDA card whose tensor cores have no float8. (The CPU computes what they would.)"""
+def check_device(device: torch.device, float8: Float8 = "linears") -> None:
+    """Raise ValueError for a CUDA card that has no such products in float8. (The CPU computes what one would.)"""
     if device.type != "cuda":
         return
     capability = torch.cuda.get_device_capability(device)
@@ -52,6 +54,11 @@ def check_device(device: torch.device) -> None:
         raise ValueError(
             f"float8 needs a card of compute capability {needs} or more, {torch.cuda.get_device_name(device)} has "
             f"{has}: set float8 to none"
+        )
+    if float8 == "linears_and_experts" and capability[0] not in CAPABILITIES:
+        raise ValueError(
+            f"experts in float8 need a card of compute capability 9 or 10, {torch.cuda.get_device_name(device)} has "
+            f"{'.'.join(map(str, capability))}: set float8 to linears"
         )
 
 
@@ -65,7 +72,7 @@ def projection(x: Tensor, w_NK: Tensor, float8: Float8) -> Tensor:
     Raises ValueError for other dtypes.
     """
     # A graph of any sizes is of one matrix all the same: `index` makes a number of what Dynamo has for its sizes.
-    if float8 == "none" or not _fits(*map(operator.index, w_NK.shape)):
+    if float8 == "none" or not fits(*map(operator.index, w_NK.shape)):
         return functional.linear(x, w_NK)
     if x.dtype != torch.bfloat16 or w_NK.dtype != torch.bfloat16:
         raise ValueError(f"float8 products are of bfloat16 tensors, got {x.dtype} and {w_NK.dtype}: set bfloat16")
@@ -74,7 +81,8 @@ def projection(x: Tensor, w_NK: Tensor, float8: Float8) -> Tensor:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # a graph cannot log
-def _fits(outputs: int, inputs: int) -> bool:
+def fits(outputs: int, inputs: int) -> bool:
+    """Whether products with such matrices can be in float8; the log says once which cannot."""
     if not outputs % MULTIPLE and not inputs % MULTIPLE:
         return True
     _say_once(f"matrices of {outputs} x {inputs} stay in bfloat16: float8 needs multiples of {MULTIPLE}")

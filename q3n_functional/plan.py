@@ -172,9 +172,7 @@ def _estimate(config: TrainConfig, card: Card, tracker: Tracker, parallel: Paral
     starts = np.concatenate([[0], ends[:-1] + 1])
     fullest = [a + int(living[:, a : b + 1].sum(0).argmax()) for a, b in zip(starts, ends, strict=True)]
     lasting = np.array(times)
-    return Plan(
-        config, card, found, living[:, fullest], waited(found, lasting, tracker.waits), bounds, lasting, links
-    )
+    return Plan(config, card, found, living[:, fullest], waited(found, lasting, tracker.waits), bounds, lasting, links)
 
 
 def waited(kernels: list[Kernel], lasting: NDArray[np.float64], waits: list[tuple[int, int]]) -> NDArray[np.float64]:

@@ -82,6 +82,7 @@ FLOPS: dict[str, Count] = {
     ),
     "router_logits": _router,
     "router_logits_backward": lambda dlogits, x, router, impl: 2 * _router(x, router),
+    "float8_grouped_mm": lambda a, b, *rest: 2 * a.numel() * b.shape[1],
     "linear_cross_entropy": _head,
     "linear_log_partition": _router,
     "linear_log_partition_backward": lambda dpartition, dpicked, partition, logits, h, head, *rest: (

@@ -37,6 +37,7 @@ OPERATORS = {
     "rms_norm_gated": "norms",
     "router_logits": "router",
     "grouped_swiglu": "experts",
+    "grouped_mm": "experts",
     "linear_cross_entropy": "loss",
     "linear_log_partition": "loss",
     "attention": "attention",

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from q3n_functional import ops  # noqa: F401  # registers what SAVED names
+from q3n_functional import float8_experts, ops  # noqa: F401  # they register what SAVED names
 
 Recompute = Literal["none", "full", "selective"]
 """none keeps all, full the layer's input alone, selective what `SAVED` names besides."""
@@ -31,6 +31,7 @@ SAVED = frozenset(
         _aten.mm.default,
         _aten.bmm.default,
         _aten._scaled_mm.default,
+        _q3n.float8_grouped_mm.default,
         # An expert chosen differently the second time would be another function's gradient.
         _q3n.top_experts.default,
         # What other ranks must be asked for again; gathered parameters are not here, or nothing would be sharded.
@@ -71,6 +72,9 @@ def _everything(context: Any, op: Any, *arguments: Any, **options: Any) -> Check
 
 
 def _selective(context: Any, op: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
+    # The second of the experts' products in float8, wider than what it is made of, is what no gradient needs.
+    if op == _q3n.float8_grouped_mm.default and arguments[1].shape[1] > arguments[1].shape[2]:
+        return CheckpointPolicy.PREFER_RECOMPUTE
     return CheckpointPolicy.MUST_SAVE if op in SAVED else CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -58,7 +58,7 @@ def pick_device(name: str) -> torch.device:
 def check_device(config: TrainConfig, device: torch.device) -> None:
     """Raise ValueError where `config` asks for what `device` cannot do."""
     if config.float8 != "none":
-        float8.check_device(device)
+        float8.check_device(device, config.float8)
     if config.cuda_graph:
         cuda_graph.check_device(device)
 

@@ -96,7 +96,8 @@ class TrainConfig:
     results of attention, delta rule, experts and matrix products."""
     float8: Float8 = "none"
     """linears: products with the matrices of attention, linear attention, dense layers and shared experts in float8,
-    forward and backward; routers, routed experts, gates, embedding and head stay in dtype, which must be bfloat16."""
+    forward and backward; linears_and_experts: those of routed experts too, but for the gradients of their matrices.
+    Routers, gates, embedding and head stay in dtype, which must be bfloat16."""
     cuda_graph: bool = False
     """Every step from the third on is launched as one CUDA graph, for steps that wait for the host. Not with ep."""
     overlap: bool = False

@@ -59,11 +59,12 @@ def test_float8_draws_both_curves(tmp_path):
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     rows = json.loads((tmp_path / "float8.json").read_text())
     found = {(row["case"], row["implementation"], row["metric"]): row["value"] for row in rows}
-    assert len(found) == 2 * (10 + 1)
+    names = ("q3n", "q3n float8", "q3n float8 experts")
+    assert len(found) == 3 * (10 + 1)
     for end in range(1, 11):
-        ours, theirs = (found[f"tiny step {end}", name, "cross_entropy"] for name in ("q3n float8", "q3n"))
-        assert abs(ours - theirs) < 0.02
-    assert found["tiny step 10", "q3n float8", "validation_loss"] != found["tiny step 10", "q3n", "validation_loss"]
+        theirs, *ours = (found[f"tiny step {end}", name, "cross_entropy"] for name in names)
+        assert all(abs(loss - theirs) < 0.02 for loss in ours)
+    assert len({found["tiny step 10", name, "validation_loss"] for name in names}) == 3
     assert (tmp_path / "float8.png").stat().st_size > 10_000
 
 

@@ -238,4 +238,9 @@ def test_cards_without_float8_are_refused_before_the_weights(tmp_path, monkeypat
         runs.run(tmp_path, "--device=cuda", "--dtype=bfloat16", "--float8=linears")
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    float8.check_device(torch.device("cuda"))
+    float8.check_device(torch.device("cuda"), "linears_and_experts")
+    for capability in ((8, 9), (12, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, has=capability: has)
+        float8.check_device(torch.device("cuda"))
+        with pytest.raises(ValueError, match=r"capability 9 or 10, A100 has \d+\.\d: set float8 to linears"):
+            float8.check_device(torch.device("cuda"), "linears_and_experts")

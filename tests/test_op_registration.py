@@ -259,6 +259,9 @@ q3n::causal_conv_qkv_backward(Tensor dq, Tensor dk, Tensor dv, Tensor? dfinal_st
     Tensor? initial_state, Tensor? cu_seqlens, str impl) -> (Tensor, Tensor, Tensor)
 q3n::embedding(Tensor tokens, Tensor table, Tensor? kept, str impl) -> Tensor
 q3n::embedding_backward(Tensor dx, Tensor rows, int num, str impl) -> Tensor
+q3n::float8_experts(Tensor x, Tensor experts, Tensor weights, Tensor gate, Tensor up, Tensor down) -> (Tensor,
+    Tensor, Tensor, Tensor)
+q3n::float8_grouped_mm(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor ends, str impl) -> Tensor
 q3n::float8_product(Tensor x, Tensor w) -> Tensor
 q3n::gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? A_log, Tensor? dt_bias,
     Tensor? initial_state, Tensor? cu_seqlens, float scale, bool qk_l2norm, float beta_scale, int chunk_size,

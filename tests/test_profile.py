@@ -55,6 +55,7 @@ def test_events_on_the_host_are_known_by_themselves_or_by_what_called_them():
     }  # fmt: skip
     assert ms(event("graph_3_cpp_fused_mul_rsqrt_0")) == {"norms": 1.0}
     assert ms(event("aten::mul")) == {"elementwise": 1.0}
+    assert ms(event("aten::_scaled_grouped_mm"), event("aten::_grouped_mm")) == {"experts": 2.0}
 
 
 def test_products_are_known_by_their_matrix():

@@ -34,6 +34,8 @@ from tests import runs
         ("dtype = 'bfloat16'\ncuda_graph = true\n[mesh]\nep = 2", r"cuda_graph with ep = 2: "),
         ("float8 = 'linears'", r"float8 is 'linears' with dtype 'float32': it is between bfloat16 tensors, so set"),
         ("dtype = 'bfloat16'\nfloat8 = 'linears'\n[mesh]\nep = 2", r"float8 is 'linears' with a mesh of 2 ranks"),
+        ("float8 = 'linears_and_experts'", r"float8 is 'linears_and_experts' with dtype 'float32': it is between"),
+        ("dtype = 'bfloat16'\nfloat8 = 'linears_and_experts'\n[mesh]\nep = 2", r"and_experts' with a mesh of 2"),
         ("[optimizer]\nlr = nan", r"optimizer\.lr is nan, it must be at least 0"),
         ("[optimizer]\nlr = inf", r"optimizer\.lr is inf, it must be finite"),
         ("[optimizer]\neps = -1.0", r"optimizer\.eps is -1\.0, it must be at least 0"),

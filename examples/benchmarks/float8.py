@@ -3,9 +3,9 @@
     python examples/benchmarks/float8.py [--commit HASH] [--out FOLDER] [--cases 0 2] [--tiny]
 
 Prints two tables, writes results/float8.json and draws results/float8.png. Curves: `q3n train examples/small.toml`
-twice, equal but for float8 (seed, batches and initial weights are the same), cross_entropy as the mean of the steps up
-to the one that the case names, validation_loss behind the last. Steps: those of training_step.py, a process each, as
-its metrics are. --tiny is for a machine without a card: examples/tiny.toml, few steps, eager.
+three times, equal but for float8 (seed, batches and initial weights are the same), cross_entropy as the mean of the
+steps up to the one that the case names, validation_loss behind the last. Steps: those of training_step.py, a process
+each, as its metrics are. --tiny is for a machine without a card: examples/tiny.toml, few steps, eager.
 """
 
 import tempfile
@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from q3n_functional import metrics, train, train_config
 
 EXAMPLES = Path(__file__).parent.parent
-POLICIES = {"q3n": "none", "q3n float8": "linears"}
+POLICIES = {"q3n": "none", "q3n float8": "linears", "q3n float8 experts": "linears_and_experts"}
 """Implementations, and what each trains with."""
 TINY = ("--compile=none", "--steps=10", "--batch-size=4", "--seq-len=64", "--output.validation-batches=4")
 POINTS = 10
@@ -43,14 +43,14 @@ def rows_of(curves: dict[str, Curve], model: str) -> report.Rows:
     steps = len(curves["q3n"])
     part = -(-steps // POINTS)
     found: report.Rows = []
-    print(f"{'cross-entropy up to step':26}" + "".join(f"{name:>12}" for name in curves))
+    print(f"{'cross-entropy up to step':26}" + "".join(f"{name:>20}" for name in curves))
     for begin in range(0, steps, part):
         end = min(begin + part, steps)
         values = {k: sum(row["cross_entropy"] for row in v[begin:end]) / (end - begin) for k, v in curves.items()}
-        print(f"{end:<26}" + "".join(f"{value:12.4f}" for value in values.values()), flush=True)
+        print(f"{end:<26}" + "".join(f"{value:20.4f}" for value in values.values()), flush=True)
         found += _rows(f"{model} step {end}", "cross_entropy", values)
     last = {name: rows[-1]["validation_loss"] for name, rows in curves.items()}
-    print(f"{'validation':26}" + "".join(f"{value:12.4f}" for value in last.values()), flush=True)
+    print(f"{'validation':26}" + "".join(f"{value:20.4f}" for value in last.values()), flush=True)
     return found + _rows(f"{model} step {steps}", "validation_loss", last)
 
 
@@ -64,8 +64,8 @@ def _rows(case: str, metric: str, values: dict[str, float]) -> report.Rows:
 def draw(curves: dict[str, Curve], path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for (name, rows), style in zip(curves.items(), ("-", "--"), strict=True):
-        label = "bf16" if POLICIES[name] == "none" else "float8"
+    for (name, rows), style in zip(curves.items(), ("-", "--", ":"), strict=True):
+        label = "bf16" if POLICIES[name] == "none" else f"float8 {POLICIES[name].replace('_', ' ')}"
         axes.plot(
             [row["step"] for row in rows], [row["cross_entropy"] for row in rows], style, label=label, linewidth=1
         )

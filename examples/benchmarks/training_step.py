@@ -5,13 +5,14 @@
 Prints a table and writes results/training_step.json. Three linear layers and one of full attention (or two linear ones
 with all 512 experts), vocabulary 151,936, bf16 parameters, gradients, AdamW with moments in bf16, random tokens, no
 prediction module. Implementations: q3n, every kind of layer compiled once; q3n graph, the same in a CUDA graph; q3n
-selective, recomputing what is cheap; q3n float8, with the blocks' linears in float8; q3n model, everything as one
-graph; q3n eager; transformers, Qwen3NextForCausalLM with flash-linear-attention where that is installed, experts by
-grouped_mm, attention by SDPA; transformers compile, the same under torch.compile. Metrics: first_step_s, from the first
-call to its end, compiling included; step_ms, the median of forward plus backward; peak_gib, of that; with_optimizer_ms;
-loss, the cross-entropy of the first step; mfu, of the card's bf16 peak. All run on the same weights and tokens, so that
-losses agree within what bf16 rounds, float8 aside. This package minimises the routers' balancing loss besides, which
-transformers leaves out here. Every implementation runs in a process of its own. --tiny is for a machine without a card.
+selective, recomputing what is cheap; q3n float8, with the blocks' linears in float8; q3n float8 experts, with the
+routed experts too; q3n model, everything as one graph; q3n eager; transformers, Qwen3NextForCausalLM with
+flash-linear-attention where that is installed, experts by grouped_mm, attention by SDPA; transformers compile, the same
+under torch.compile. Metrics: first_step_s, from the first call to its end, compiling included; step_ms, the median of
+forward plus backward; peak_gib, of that; with_optimizer_ms; loss, the cross-entropy of the first step; mfu, of the
+card's bf16 peak. All run on the same weights and tokens, so that losses agree within what bf16 rounds, float8 aside.
+This package minimises the routers' balancing loss besides, which transformers leaves out here. Every implementation
+runs in a process of its own. --tiny is for a machine without a card.
 """
 
 import argparse
@@ -192,6 +193,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Runner]] = {
     "q3n graph": functools.partial(ours, graph=True),
     "q3n selective": functools.partial(ours, recompute="selective"),
     "q3n float8": functools.partial(ours, float8="linears"),
+    "q3n float8 experts": functools.partial(ours, float8="linears_and_experts"),
     "q3n eager": functools.partial(ours, mode="none"),
     "q3n model": functools.partial(ours, mode="model"),
     "transformers": theirs,
