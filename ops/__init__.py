@@ -3,6 +3,7 @@
 from q3n_functional.ops.attention import attention
 from q3n_functional.ops.causal_conv import causal_conv, causal_conv_qkv
 from q3n_functional.ops.embedding import embedding
+from q3n_functional.ops.float8_grouped_mm import float8_grouped_mm
 from q3n_functional.ops.gated_delta_rule import gated_delta_rule, recurrent_gated_delta_rule
 from q3n_functional.ops.grouped_swiglu import grouped_swiglu
 from q3n_functional.ops.linear_cross_entropy import linear_cross_entropy
@@ -18,6 +19,7 @@ __all__ = [
     "causal_conv",
     "causal_conv_qkv",
     "embedding",
+    "float8_grouped_mm",
     "gated_delta_rule",
     "grouped_swiglu",
     "linear_cross_entropy",

@@ -43,14 +43,15 @@ def grouped_swiglu(
     Raises ValueError for shapes or dtypes that do not fit. (Shazeer 2020, GLU variants; Gale et al. 2022, MegaBlocks:
     dropless grouped products; Tan et al. 2024, ScatterMoE: gathering and scattering inside the products.)
     """
-    _check(x_TD, experts_TJ, weights_TJ, gate_EFD, up_EFD, down_EDF, rows_T)
+    check(x_TD, experts_TJ, weights_TJ, gate_EFD, up_EFD, down_EDF, rows_T)
     y: Tensor = _grouped_swiglu(x_TD, experts_TJ, weights_TJ, gate_EFD, up_EFD, down_EDF, rows_T, impl)[0]
     return y
 
 
-def _check(
+def check(
     x: Tensor, experts: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor, rows: Tensor | None
 ) -> None:
+    """Raise ValueError for shapes or dtypes that do not fit."""
     if gate.shape != up.shape or gate.mT.shape != down.shape or x.shape[1:] != gate.shape[2:]:
         raise ValueError(
             "x must be [T, D], gate and up [E, F, D], down [E, D, F], got "
@@ -78,7 +79,7 @@ def _groups(order_M: Tensor, ends_E: Tensor) -> list[tuple[int, slice, Tensor]]:
     return [(e, r, order_M[r].long()) for e, r in enumerate(rows) if r.start < r.stop]
 
 
-def _sort(experts_TJ: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+def sort(experts_TJ: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """The slots in the order of their experts [M], and the row behind each expert's last [E], both int32."""
     sorted_M, order_M = experts_TJ.flatten().sort(stable=True)
     numbers_E = torch.arange(num_experts, device=sorted_M.device, dtype=sorted_M.dtype)
@@ -90,7 +91,8 @@ def _tokens(slots: Tensor, per_row: int, rows: Tensor | None) -> Tensor:
     return slots // per_row if rows is None else rows[slots // per_row].long()
 
 
-def _summed(y_MD: Tensor, shape_TJ: torch.Size, rows: Tensor | None, like: Tensor) -> Tensor:
+def summed(y_MD: Tensor, shape_TJ: torch.Size, rows: Tensor | None, like: Tensor) -> Tensor:
+    """The sums over each token's slots, which are in their own order, of the shape of `like`."""
     y_TD = y_MD.view(*shape_TJ, y_MD.shape[1]).sum(1, dtype=wide(y_MD.dtype))
     if rows is not None:
         y_TD = y_TD.new_zeros(like.shape).index_add(0, rows, y_TD)
@@ -100,7 +102,7 @@ def _summed(y_MD: Tensor, shape_TJ: torch.Size, rows: Tensor | None, like: Tenso
 def _forward(
     x: Tensor, experts: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor, rows: Tensor | None
 ) -> Outputs:
-    order, ends = _sort(experts, gate.shape[0])
+    order, ends = sort(experts, gate.shape[0])
     y, hidden = x.new_empty(order.shape[0], x.shape[1]), x.new_empty(2, order.shape[0], gate.shape[1])
     weights = weights.to(wide(x.dtype)).flatten()
     for e, own, slots in _groups(order, ends):
@@ -108,7 +110,7 @@ def _forward(
         hidden[0, own], hidden[1, own] = tokens @ gate[e].mT, tokens @ up[e].mT
         a, b = hidden[:, own].to(weights.dtype)
         y[slots] = (a * torch.sigmoid(a) * b * weights[slots, None]).to(x.dtype) @ down[e].mT
-    return _summed(y, experts.shape, rows, x), hidden, order, ends
+    return summed(y, experts.shape, rows, x), hidden, order, ends
 
 
 def _backward(
@@ -136,7 +138,7 @@ def _backward(
         dx[slots] = da @ gate[e] + db @ up[e]
         dgate[e], dup[e], ddown[e] = da.mT @ tokens, db.mT @ tokens, dy_rows.mT @ h
     dweights = dw.view(weights.shape).to(weights.dtype)
-    return _summed(dx, weights.shape, rows, x), dweights, dgate, dup, ddown
+    return summed(dx, weights.shape, rows, x), dweights, dgate, dup, ddown
 
 
 def _fake_forward(x: Tensor, experts: Tensor, weights: Tensor, gate: Tensor, *rest: Tensor | None) -> Outputs:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional
 
-from q3n_functional.ops.kernels.float8_grouped_mm import CAPABILITIES
+from q3n_functional.ops.float8_grouped_mm import CAPABILITIES
 from q3n_functional.ops.registration import composite, transform_is_active
 
 logger = logging.getLogger(__name__)

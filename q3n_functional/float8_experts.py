@@ -4,9 +4,7 @@ Operands are e4m3 with a scale a row, along the dim that a product sums over; gr
 bf16: the recipe that torchao calls rowwise_with_gw_hp. A row is scaled by itself, so that a token's numbers do not
 depend on what others are in the batch.
 
-The product is torch._scaled_grouped_mm, for Hopper and Blackwell; elsewhere what tensor cores would compute, sums of
-exact products in fp32, then both scales, then the rounding to bf16. As in `float8`, scaling is plain operators, which a
-compiler fuses with what stands before and behind them.
+As in `float8`, scaling is plain operators, which a compiler fuses with what stands before and behind them.
 
 Letters: T tokens, D model width, J experts a token, M = T*J slots in the order of their experts, E experts, F expert
 width, G = 2F; K what a product sums over, N its outputs.
@@ -24,9 +22,9 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm
 
 from q3n_functional.float8 import E4M3, fits
-from q3n_functional.ops import grouped_swiglu
-from q3n_functional.ops.grouped_swiglu import _check, _sort, _summed
-from q3n_functional.ops.registration import composite, define, gradient, transform_is_active
+from q3n_functional.ops import float8_grouped_mm, grouped_swiglu
+from q3n_functional.ops.grouped_swiglu import check, sort, summed
+from q3n_functional.ops.registration import composite, transform_is_active
 
 MOST = torch.finfo(E4M3).max
 
@@ -51,7 +49,7 @@ def experts(
     # A graph of any sizes is of one matrix all the same: `index` makes a number of what Dynamo has for its sizes.
     if not fits(*map(operator.index, gate_EFD.shape[1:])):
         return grouped_swiglu(x_TD, experts_TJ, weights_TJ, gate_EFD, up_EFD, down_EDF)
-    _check(x_TD, experts_TJ, weights_TJ, gate_EFD, up_EFD, down_EDF, None)
+    check(x_TD, experts_TJ, weights_TJ, gate_EFD, up_EFD, down_EDF, None)
     if x_TD.dtype != torch.bfloat16:
         raise ValueError(f"float8 products are of bfloat16 tensors, got {x_TD.dtype}: set bfloat16")
     call: Callable[..., tuple[Tensor, ...]] = _Experts.apply if transform_is_active() else _float8_experts
@@ -65,12 +63,12 @@ class _Experts(torch.autograd.Function):
     def forward(
         x_TD: Tensor, experts_TJ: Tensor, weights_TJ: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        order_M, ends_E = _sort(experts_TJ, gate_EFD.shape[0])
+        order_M, ends_E = sort(experts_TJ, gate_EFD.shape[0])
         x_MD = _taken(_by_row(x_TD), order_M // experts_TJ.shape[1])
         hidden_MG = _product(x_MD, _stacked(_by_row(gate_EFD), _by_row(up_EFD)), ends_E)
         h_MF = _activations(hidden_MG, weights_TJ.flatten()[order_M])
         y_MD = _product(_by_row(h_MF), _by_row(down_EDF), ends_E)
-        return _summed(y_MD[_inverse(order_M)], experts_TJ.shape, None, x_TD), hidden_MG, order_M, ends_E
+        return summed(y_MD[_inverse(order_M)], experts_TJ.shape, None, x_TD), hidden_MG, order_M, ends_E
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
@@ -88,7 +86,7 @@ class _Experts(torch.autograd.Function):
         weights_M = weights_TJ.flatten()[order_M]
         da_MF, db_MF, h_MF, dweights_M = _activation_gradients(dh_MF, hidden_MG, weights_M)
         dx_MD = _product(_by_row(da_MF, db_MF), _by_row(gate_EFD.mT, up_EFD.mT), ends_E)
-        dx_TD = _summed(dx_MD[inverse_M], weights_TJ.shape, None, x_TD)
+        dx_TD = summed(dx_MD[inverse_M], weights_TJ.shape, None, x_TD)
         dweights_TJ = dweights_M[inverse_M].view(weights_TJ.shape).to(weights_TJ.dtype)
         x_MD = x_TD[tokens_M]
         pairs = (da_MF, x_MD), (db_MF, x_MD), (dy_TD[tokens_M], h_MF)
@@ -154,8 +152,7 @@ def _taken(x: _Rows, tokens_M: Tensor) -> _Rows:
 
 def _product(a_MK: _Rows, b_ENK: _Rows, ends_E: Tensor) -> Tensor:
     """Rows of a times the transposed matrix of their expert."""
-    y_MN: Tensor = _grouped_mm(a_MK.values, b_ENK.values, a_MK.scale, b_ENK.scale, ends_E, "auto")
-    return y_MN
+    return float8_grouped_mm(a_MK.values, b_ENK.values, a_MK.scale, b_ENK.scale, ends_E)
 
 
 def _weight_gradient(dy_MN: Tensor, x_MK: Tensor, ends_E: Tensor) -> Tensor:
@@ -165,26 +162,3 @@ def _weight_gradient(dy_MN: Tensor, x_MK: Tensor, ends_E: Tensor) -> Tensor:
     # grouped_mm asks for; it reads columns only of what it has written.
     dy_NM = dy_MN.as_strided((dy_MN.shape[1], dy_MN.shape[0]), (1, dy_MN.shape[1]))
     return grouped_mm(dy_NM, x_MK, offs=ends_E)
-
-
-def _emulated(a_MK: Tensor, b_ENK: Tensor, scale_M: Tensor, scale_EN: Tensor, ends_E: Tensor) -> Tensor:
-    y_MN, ends = _like_product(a_MK, b_ENK), ends_E.tolist()
-    for e, (begin, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
-        sums = a_MK[begin:end].float() @ b_ENK[e].float().mT
-        y_MN[begin:end] = sums * scale_M[begin:end, None] * scale_EN[e]
-    return y_MN
-
-
-def _like_product(a_MK: Tensor, b_ENK: Tensor, *rest: Any) -> Tensor:
-    return a_MK.new_empty(a_MK.shape[0], b_ENK.shape[1], dtype=torch.bfloat16)
-
-
-_grouped_mm = gradient(
-    define(
-        "float8_grouped_mm",
-        "(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor ends, str impl) -> Tensor",
-        reference=_emulated,
-        fake=_like_product,
-        kernel="float8_grouped_mm:forward",
-    )
-)

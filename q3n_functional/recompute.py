@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from q3n_functional import float8_experts, ops  # noqa: F401  # they register what SAVED names
+from q3n_functional import ops  # noqa: F401  # registers what SAVED names
 
 Recompute = Literal["none", "full", "selective"]
 """none keeps all, full the layer's input alone, selective what `SAVED` names besides."""

@@ -10,7 +10,7 @@ from q3n_functional.float8_experts import experts
 from q3n_functional.ops import grouped_swiglu
 from q3n_functional.ops.kernels import float8_grouped_mm
 from tests import runs
-from tests.test_float8 import WIDE, shaped
+from tests.test_float8 import shaped, targets, watched
 
 NAMES = ("y", "dx", "dweights", "dgate", "dup", "ddown")
 
@@ -212,14 +212,7 @@ def test_inductor_writes_what_the_products_can_read():
 
 
 def test_compiled_graphs_hold_nothing_that_a_cache_refuses():
-    seen = []
-
-    def backend(graph, inputs):
-        seen.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
-        return graph
-
-    torch.compiler.reset()
-    torch.compile(experts, fullgraph=True, backend=backend)(*operands()[:-1])
+    seen = targets(experts, *operands()[:-1])
     assert torch.ops.q3n.float8_experts in seen or torch.ops.q3n.float8_experts.default in seen
     assert not [target for target in seen if "Function" in repr(target) or "float8_experts.py" in repr(target)]
 
@@ -250,17 +243,7 @@ def test_second_derivatives_raise():
 
 def calls(function):
     """The arguments of grouped products that `function` does, in float8 and in bf16."""
-    seen = {torch.ops.q3n.float8_grouped_mm.default: [], torch.ops.aten._grouped_mm.default: []}
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-            if op in seen:
-                seen[op].append((args, kwargs or {}))
-            return op(*args, **(kwargs or {}))
-
-    with Watch():
-        function()
-    return list(seen.values())
+    return watched(function, torch.ops.q3n.float8_grouped_mm.default, torch.ops.aten._grouped_mm.default)
 
 
 def on_meta(x):
@@ -288,6 +271,9 @@ def test_operands_are_what_tensor_cores_take(order):
         assert b.is_contiguous()
     # torch's own checks of what it launches.
     for arguments, _ in scaled:
+        # Its other checks add numbers of float8, which torch cannot.
+        op = torch.ops.q3n.float8_grouped_mm.default
+        torch.library.opcheck(op, arguments, test_utils=("test_faketensor", "test_autograd_registration"))
         float8_grouped_mm.forward(*map(on_meta, arguments[:5]))
     for arguments, options in plain:
         torch._grouped_mm(*map(on_meta, arguments), **{name: on_meta(value) for name, value in options.items()})
@@ -326,21 +312,6 @@ def test_experts_on_a_mesh_are_refused():
     x, mlp = torch.zeros(1, 4, 64, dtype=torch.bfloat16), tree.layers[0].mlp
     with pytest.raises(ValueError, match="routed experts in float8 are for one device: set float8 to none"):
         feed_forward.mixture_of_experts(mlp, x, None, object(), config=config, float8="linears_and_experts")
-
-
-def test_a_model_learns_in_float8_as_in_bf16(tmp_path):
-    shape, losses = {**WIDE, "vocab_size": 304}, {}
-    for policy in ("none", "linears_and_experts"):
-        folder = tmp_path / policy
-        folder.mkdir()
-        runs.run(folder, "--dtype=bfloat16", f"--float8={policy}", "--steps=20", "--seq-len=64", **shape)
-        losses[policy] = torch.tensor(runs.rows(folder, "cross_entropy"))
-    apart = losses["linears_and_experts"] - losses["none"]
-    # Measured: 0.02 before the first update, at most 0.10 later, 0.02 in the mean of the last ten.
-    assert 0 < apart[0].abs() < 0.06
-    assert apart.abs().max() < 0.25
-    assert apart[10:].mean().abs() < 0.06
-    assert losses["linears_and_experts"][10:].mean() < losses["linears_and_experts"][0] - 1.5
 
 
 SIZES = {

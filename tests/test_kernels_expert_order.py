@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from q3n_functional.ops.grouped_swiglu import _sort as reference_sort
+from q3n_functional.ops.grouped_swiglu import sort as reference_sort
 from tests.device import DEVICE, INTERPRETED, ON_DEVICE
 
 pytestmark = ON_DEVICE

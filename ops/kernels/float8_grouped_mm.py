@@ -3,14 +3,12 @@
 import torch
 from torch import Tensor
 
+from q3n_functional.ops.float8_grouped_mm import CAPABILITIES
 from q3n_functional.ops.registration import UnsupportedError
-
-CAPABILITIES = (9, 10)
-"""Major ones of the cards that torch has them for."""
 
 
 def forward(a_MK: Tensor, b_ENK: Tensor, scale_M: Tensor, scale_EN: Tensor, ends_E: Tensor) -> Tensor:
-    """Return the products [M, N] in bf16, as `q3n_functional.float8_experts` says; tensor cores read along rows."""
+    """Return the products [M, N], as `q3n_functional.ops.float8_grouped_mm` says; tensor cores read along rows."""
     if a_MK.is_cuda and torch.cuda.get_device_capability(a_MK.device)[0] not in CAPABILITIES:
         raise UnsupportedError("grouped products in float8 need a card of compute capability 9 or 10")
     # Not the fast accumulation, which keeps fewer bits of a sum than fp32 has.
